@@ -1,0 +1,113 @@
+"""The vocabulary of the library: what an algorithm, a task and a client's data are.
+
+A federated algorithm is three pure functions and an initialiser (`Algorithm`);
+everything else (simulation, replay, checkpoints, the count of bytes) is derived
+from them once, for every algorithm. This module holds types only, no logic.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+Array = jax.Array
+PRNGKey = jax.Array  # a typed key (`jax.random.key`), shape []
+Params = Any  # a tree of arrays
+Batch = Any  # a tree of arrays that share their leading axis, [B, ...]
+Batches = Any  # the same with one more axis in front: local steps, [K, B, ...]
+Upload = Any  # a tree of arrays: the message of one client
+Broadcast = Any  # a tree of arrays: the message of the server
+
+LossFn = Callable[[Params, Batch], Array]  # -> mean loss over the batch, []
+MetricsFn = Callable[[Params, Batch], dict[str, Array]]  # -> one value an example, [B]
+
+
+class ServerState(NamedTuple):
+    """All that the server and the clients share: a function of the initial params
+    and of the broadcasts alone.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    round: Array  # int32 [], the number of rounds done
+
+
+class ClientResult(NamedTuple):
+    """What one client's part of a round returns."""
+
+    upload: Upload  # the message: what the ledger counts
+    memory: Any  # what a stateful client keeps between rounds, () if it keeps nothing
+    stats: dict[str, Array]  # for people, never sent; scalars, "loss" among them
+
+
+class Algorithm(NamedTuple):
+    """A federated algorithm. All functions are pure and traceable.
+
+    Attributes:
+      init: params -> ServerState.
+      client: (key, state, memory, batches) -> ClientResult. One client; it never
+        sees a clients axis. `batches` has the leading axis [local_steps].
+      aggregate: (uploads [C, ...], weights [C]) -> Broadcast.
+      server: (key, state, broadcast) -> ServerState: what *everyone* replays.
+      local_steps: K, how many batches `client` takes.
+      init_memory: params -> the memory of a client that has not taken part yet, () for
+        stateless clients.
+    """
+
+    init: Callable[[Params], ServerState]
+    client: Callable[[PRNGKey, ServerState, Any, Batches], ClientResult]
+    aggregate: Callable[[Upload, Array], Broadcast]
+    server: Callable[[PRNGKey, ServerState, Broadcast], ServerState]
+    local_steps: int
+    init_memory: Callable[[Params], Any] = lambda params: ()
+
+
+class Phase(NamedTuple):
+    """An algorithm and the first round it is used in.
+
+    Phases change what can't change inside one compiled round, such as the number of
+    perturbations; they share one type of `ServerState`.
+    """
+
+    first_round: int
+    algorithm: Algorithm
+
+
+class ClientData(NamedTuple):
+    """Examples of all clients, stored once, and an index that says whose is which.
+
+    Client c owns the examples `order[offsets[c]:offsets[c + 1]]`. Memory beyond the
+    examples is one int32 an example and one a client.
+    """
+
+    examples: Batch  # a tree of arrays [n, ...]
+    order: Array | np.ndarray  # int32 [n]
+    offsets: Array | np.ndarray  # int32 [num_clients + 1], offsets[0] = 0, offsets[-1] = n
+
+    @property
+    def num_clients(self) -> int:
+        """The size of the population."""
+        return self.offsets.shape[0] - 1
+
+
+class Task(NamedTuple):
+    """A model with the data and the loss it is trained on.
+
+    Attributes:
+      name: for people.
+      init: key -> params.
+      loss: (params, batch) -> mean loss over the batch, [].
+      metrics: (params, batch) -> {"loss": [B], "accuracy": [B], ...}, one value an
+        example; the evaluation averages them over `test`.
+      train: the clients' data.
+      test: the central test set, a tree of arrays [n, ...].
+    """
+
+    name: str
+    init: Callable[[PRNGKey], Params]
+    loss: LossFn
+    metrics: MetricsFn
+    train: ClientData
+    test: Batch

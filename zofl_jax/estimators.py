@@ -1,0 +1,222 @@
+"""From a loss to a few scalars, and from the scalars back to a direction.
+
+An `Estimator` measures directional derivatives g_p ≈ ⟨∇f(x), z_p⟩ of a loss along P
+directions drawn from a key, and expands scalars into (1/P) Σ_p g_p z_p, an estimate of
+the gradient. The directions are drawn again from the key wherever they are needed.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from zofl_jax import keys
+from zofl_jax.batching import at_once
+from zofl_jax.core import Array, Batch, LossFn, Params, PRNGKey
+from zofl_jax.perturbations import Perturbation, gaussian
+
+
+class Estimate(NamedTuple):
+    """What one local step measures."""
+
+    scalars: Array  # [P], loss per unit length along each direction
+    loss: Array  # [], the loss at (or, for central differences, around) the params
+
+
+class Estimator(NamedTuple):
+    """A way to measure P directional derivatives.
+
+    Attributes:
+      num_perturbations: P.
+      measure: (loss_fn, key, round_index, params, batch) -> Estimate.
+      expand: (key, params, scalars [P]) -> (1/P) Σ_p scalars[p] z_p, a tree like params.
+    """
+
+    num_perturbations: int
+    measure: Callable[[LossFn, PRNGKey, Array, Params, Batch], Estimate]
+    expand: Callable[[PRNGKey, Params, Array], Params]
+
+
+def forward_difference(
+    num_perturbations: int,
+    smoothing: float | optax.Schedule,
+    perturbation: Perturbation | None = None,
+    clients_at_once: int | None = None,
+) -> Estimator:
+    """Measures g_p = (f(x + μ z_p) − f(x)) / μ with P + 1 evaluations.
+
+    Its mean is the gradient of the smoothed loss, off by O(μ) (Nesterov & Spokoiny 2017,
+    eq. 22); the base loss f(x) is evaluated once.
+
+    Args:
+      num_perturbations: P >= 1.
+      smoothing: μ > 0 in units of params, or a function of the round.
+      perturbation: the distribution of z, Gaussian unless given.
+      clients_at_once: how many clients of a vmap are evaluated at once, see
+        `batching.at_once`; all of them unless given.
+
+    Raises:
+      ValueError: if P, μ or `clients_at_once` is out of range.
+
+    >>> estimator = forward_difference(2, 1e-3)
+    >>> f = lambda x, batch: 0.5 * jnp.sum(x**2)
+    >>> estimator.measure(f, jax.random.key(0), 0, jnp.ones(3), ()).scalars.shape
+    (2,)
+    """
+    smoothing_at = _smoothing_schedule(smoothing)
+    chosen = perturbation or gaussian()
+
+    def measure(
+        loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, batch: Batch
+    ) -> Estimate:
+        mu = smoothing_at(round_index)
+        evaluate = at_once(_scalar(loss_fn), clients_at_once)
+        base = evaluate(params, batch)
+
+        def along(direction_key: PRNGKey) -> Array:
+            z = chosen.sample(direction_key, params)
+            return (evaluate(chosen.add(params, z, mu), batch) - base) / mu
+
+        return Estimate(jax.lax.map(along, keys.direction_keys(key, num_perturbations)), base)
+
+    return _estimator(num_perturbations, measure, chosen, clients_at_once)
+
+
+def central_difference(
+    num_perturbations: int,
+    smoothing: float | optax.Schedule,
+    perturbation: Perturbation | None = None,
+    clients_at_once: int | None = None,
+) -> Estimator:
+    """Measures g_p = (f(x + μ z_p) − f(x − μ z_p)) / 2μ with 2 P evaluations.
+
+    Off by O(μ²); exact for quadratics (Nesterov & Spokoiny 2017, eq. 23). The reported
+    loss is the mean over all evaluations. Arguments and errors as `forward_difference`.
+    """
+    smoothing_at = _smoothing_schedule(smoothing)
+    chosen = perturbation or gaussian()
+
+    def measure(
+        loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, batch: Batch
+    ) -> Estimate:
+        mu = smoothing_at(round_index)
+        evaluate = at_once(_scalar(loss_fn), clients_at_once)
+
+        def along(direction_key: PRNGKey) -> tuple[Array, Array]:
+            z = chosen.sample(direction_key, params)
+            plus = evaluate(chosen.add(params, z, mu), batch)
+            minus = evaluate(chosen.add(params, z, -mu), batch)
+            return (plus - minus) / (2 * mu), (plus + minus) / 2
+
+        scalars, losses = jax.lax.map(along, keys.direction_keys(key, num_perturbations))
+        return Estimate(scalars, jnp.mean(losses))
+
+    return _estimator(num_perturbations, measure, chosen, clients_at_once)
+
+
+def projection(
+    num_perturbations: int,
+    perturbation: Perturbation | None = None,
+    clients_at_once: int | None = None,
+) -> Estimator:
+    """Measures g_p = ⟨∇f(x), z_p⟩ exactly, with one backward pass for all P directions.
+
+    The limit μ → 0 of the differences: Algorithm 5 of Li et al. 2025 (arXiv 2405.15861).
+    The loss must be differentiable. Arguments as `forward_difference`.
+    """
+    chosen = perturbation or gaussian()
+
+    def measure(
+        loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, batch: Batch
+    ) -> Estimate:
+        del round_index
+        evaluate = at_once(jax.value_and_grad(_scalar(loss_fn)), clients_at_once)
+        loss, gradient = evaluate(params, batch)
+
+        def along(direction_key: PRNGKey) -> Array:
+            return _inner(gradient, chosen.sample(direction_key, params)).astype(loss.dtype)
+
+        return Estimate(jax.lax.map(along, keys.direction_keys(key, num_perturbations)), loss)
+
+    return _estimator(num_perturbations, measure, chosen, clients_at_once)
+
+
+def forward_gradient(
+    num_perturbations: int,
+    perturbation: Perturbation | None = None,
+    clients_at_once: int | None = None,
+) -> Estimator:
+    """Measures g_p = ⟨∇f(x), z_p⟩ exactly, with one `jax.jvp` a direction.
+
+    The same scalars as `projection` without storing activations (forward gradients,
+    Baydin et al. 2022). The loss must be differentiable. Arguments as `forward_difference`.
+    """
+    chosen = perturbation or gaussian()
+
+    def measure(
+        loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, batch: Batch
+    ) -> Estimate:
+        del round_index
+
+        def derivative(params: Params, z: Params, batch: Batch) -> tuple[Array, Array]:
+            return jax.jvp(lambda x: _scalar(loss_fn)(x, batch), (params,), (z,))
+
+        evaluate = at_once(derivative, clients_at_once)
+
+        def along(direction_key: PRNGKey) -> tuple[Array, Array]:
+            return evaluate(params, chosen.sample(direction_key, params), batch)
+
+        losses, scalars = jax.lax.map(along, keys.direction_keys(key, num_perturbations))
+        return Estimate(scalars, losses[0])
+
+    return _estimator(num_perturbations, measure, chosen, clients_at_once)
+
+
+def _estimator(
+    num_perturbations: int,
+    measure: Callable[[LossFn, PRNGKey, Array, Params, Batch], Estimate],
+    perturbation: Perturbation,
+    clients_at_once: int | None,
+) -> Estimator:
+    if num_perturbations < 1:
+        raise ValueError(f"num_perturbations must be >= 1, got {num_perturbations}")
+    if clients_at_once is not None and clients_at_once < 1:
+        raise ValueError(f"clients_at_once must be >= 1, got {clients_at_once}")
+
+    def expand(key: PRNGKey, params: Params, scalars: Array) -> Params:
+        direction_keys = keys.direction_keys(key, num_perturbations)
+        return perturbation.accumulate(direction_keys, params, scalars / num_perturbations)
+
+    return Estimator(num_perturbations, measure, expand)
+
+
+def _smoothing_schedule(smoothing: float | optax.Schedule) -> optax.Schedule:
+    if callable(smoothing):
+        return smoothing
+    if not 0 < smoothing < float("inf"):
+        raise ValueError(f"smoothing must be positive and finite, got {smoothing}")
+    return optax.constant_schedule(smoothing)
+
+
+def _scalar(loss_fn: LossFn) -> LossFn:
+    """Returns the loss in at least float32, checked to be one number."""
+
+    def evaluate(params: Params, batch: Batch) -> Array:
+        loss = jnp.asarray(loss_fn(params, batch))
+        if loss.shape:
+            raise ValueError(
+                f"the loss must be one number, the mean over the batch, got shape {loss.shape}"
+            )
+        # A difference of half-precision losses would be rounding noise.
+        return loss.astype(jnp.promote_types(loss.dtype, jnp.float32))
+
+    return evaluate
+
+
+def _inner(gradient: Params, direction: Params) -> Array:
+    def leaf(g: Array, z: Array) -> Array:
+        return jnp.sum(g.astype(jnp.promote_types(g.dtype, jnp.float32)) * z)
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf, gradient, direction)), jnp.zeros(()))
