@@ -1,0 +1,379 @@
+"""Runs an algorithm on a task: what the host does around the compiled rounds.
+
+    simulator = make_simulator(algorithm, task, clients_per_round=5, batch_size=32)
+    progress = run(simulator, rounds=400, eval_every=50)
+
+`make_simulator` compiles each function of `rounds.py` once, at its first use. `run` adds
+an evaluation schedule, the count of bytes, and hooks for logs and progress bars; a run
+may be taken up again from any `Progress`.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zofl_jax import keys, ledger, participation
+from zofl_jax import rounds as traced
+from zofl_jax.core import Algorithm, Array, Broadcast, Params, Phase, ServerState, Task
+from zofl_jax.data import batches as data_batches
+from zofl_jax.data import partition
+
+DISPATCH_SECONDS = 0.5
+"""Dispatches grow until one takes this long, so that a person sees progress."""
+
+
+class Trace(NamedTuple):
+    """What the host learns of the n rounds of one dispatch; NumPy arrays."""
+
+    first_round: int
+    seeds: np.ndarray  # uint32 [n, words], the raw words of the shared keys
+    cohorts: np.ndarray  # int32 [n, clients_per_round]
+    broadcasts: Broadcast  # a tree of arrays [n, ...]
+    losses: np.ndarray  # [n], the cohort's mean training loss
+    failed_loss: float | None  # the loss of the round after these, if it was not healthy
+
+
+class Record(NamedTuple):
+    """One evaluation: a row of the history. Bytes are totals since round 0."""
+
+    round: int  # rounds done
+    train_loss: float  # mean over the rounds since the last record
+    metrics: dict[str, float]  # means over the test set
+    bytes_up: int
+    bytes_down: int
+
+
+class Progress(NamedTuple):
+    """How far a run is: all that is needed to go on."""
+
+    state: ServerState
+    memory: Any  # of the population's stateful clients, (), or arrays [num_clients, ...]
+    ledger: ledger.Ledger
+    history: list[Record]
+    losses: list[float]  # training losses since the last record
+    run_seconds: float = 0.0  # rounds alone, without compilation and evaluation
+
+
+class Simulator(NamedTuple):
+    """The compiled functions of one simulation.
+
+    Attributes:
+      task, root, phases: what it was made from.
+      sizes: the ledger's message sizes in each phase.
+      broadcasts: the shapes and dtypes of a broadcast in each phase.
+      start: params or None -> Progress at round 0; None draws them by `task.init`.
+      advance: (state, memory, n) -> (state, memory, Trace); n <= `rounds.CAPACITY`, all
+        in one phase. The state and memory given are consumed.
+      evaluate: params -> {"loss": ..., "accuracy": ...}, means over the test set.
+      replay: (state, seeds uint32 [n, words], broadcasts [n, ...]) -> state: the server's
+        part of n rounds, bit-identical to `advance` on the same machine. The rounds
+        must lie in one phase.
+      cohorts: round indices [n] -> int32 [n, clients_per_round].
+      seeds: round indices [n], n <= `rounds.CAPACITY` -> the raw words of the shared keys
+        as they are sent, uint32 [n, words].
+      compile_seconds: () -> seconds spent on compilation so far.
+    """
+
+    task: Task
+    root: keys.RootKeys
+    phases: tuple[Phase, ...]
+    sizes: tuple[ledger.MessageSizes, ...]
+    broadcasts: tuple[Any, ...]
+    start: Callable[[Params | None], Progress]
+    advance: Callable[[ServerState, Any, int], tuple[ServerState, Any, Trace]]
+    evaluate: Callable[[Params], dict[str, float]]
+    replay: Callable[[ServerState, np.ndarray, Broadcast], ServerState]
+    cohorts: Callable[[np.ndarray], np.ndarray]
+    seeds: Callable[[np.ndarray], np.ndarray]
+    compile_seconds: Callable[[], float]
+
+
+class Diverged(ArithmeticError):  # noqa: N818 (the name says what happened)
+    """A round's loss or broadcast was not finite; the round was not applied."""
+
+    def __init__(self, round_index: int, loss: float, progress: Progress):
+        super().__init__(
+            f"round {round_index} diverged (training loss {loss}); the model after "
+            f"{round_index} rounds is kept. Lower the learning rate, raise the number of "
+            "perturbations, or clip the scalars"
+        )
+        self.round = round_index
+        self.loss = loss
+        self.progress = progress
+
+
+def make_simulator(
+    algorithm: Algorithm | Sequence[Phase],
+    task: Task,
+    *,
+    clients_per_round: int,
+    batch_size: int,
+    seed: int = 0,
+    prng_impl: str = "threefry2x32",
+    weighting: traced.Weighting = "uniform",
+    eval_batch_size: int = 512,
+) -> Simulator:
+    """Returns the compiled functions that simulate `algorithm` on `task`.
+
+    Args:
+      algorithm: one algorithm, or phases in the order of their first rounds from 0 on.
+      task: model, data and loss.
+      clients_per_round: M, the cohort's size.
+      batch_size: examples a client uses in a local step.
+      seed: of everything random in the run, in [0, 2**32).
+      prng_impl: generator of the shared directions, see `keys.root`.
+      weighting: the cohort's mean is uniform, or weighted by the clients' examples.
+      eval_batch_size: test examples evaluated at once.
+
+    Raises:
+      ValueError: for a cohort larger than the population, phases out of order or clients
+        with fewer examples than a batch.
+    """
+    phases = as_phases(algorithm)
+    root = keys.root(seed, prng_impl)
+    num_clients = task.train.num_clients
+    if not 1 <= clients_per_round <= num_clients:
+        raise ValueError(
+            f"clients_per_round must be in [1, num_clients = {num_clients}], "
+            f"got {clients_per_round}"
+        )
+    if weighting not in ("uniform", "examples"):
+        raise ValueError(f"weighting must be 'uniform' or 'examples', got {weighting!r}")
+    partition.check_batch_size(np.asarray(task.train.offsets), batch_size)
+
+    train = jax.device_put(task.train)
+    test, mask = jax.device_put(data_batches.evaluation_batches(task.test, eval_batch_size))
+    compiler = _Compiler()
+
+    def start(params: Params | None = None) -> Progress:
+        if params is None:
+            params = task.init(root.init)
+        first = phases[0].algorithm
+        memory = jax.tree.map(
+            lambda m: jnp.repeat(m[None], num_clients, axis=0), first.init_memory(params)
+        )
+        # A copy, since `advance` consumes the state it is given.
+        state = jax.tree.map(jnp.copy, first.init(params))
+        return Progress(state, memory, ledger.Ledger(num_clients), [], [])
+
+    def advance(state: ServerState, memory: Any, n: int) -> tuple[ServerState, Any, Trace]:
+        first_round = int(state.round)
+        phase = _phase_of(phases, first_round, n)
+        chosen = phases[phase].algorithm
+        loop = compiler.call(
+            ("advance", phase),
+            traced.make_advance(chosen, task, clients_per_round, batch_size, weighting),
+            (state, memory, train, root, np.int32(n)),
+            donate=(0, 1),
+        )
+        done = int(loop.done)
+        kept: traced.RoundRecord = jax.tree.map(lambda x: np.asarray(x)[:done], loop.records)
+        failed_loss = None if loop.healthy else float(loop.last_loss)
+        trace = Trace(
+            first_round,
+            seeds(np.arange(first_round, first_round + done)),
+            np.asarray(kept.cohort),
+            kept.broadcast,
+            np.asarray(kept.loss),
+            failed_loss,
+        )
+        return loop.state, loop.memory, trace
+
+    def evaluate(params: Params) -> dict[str, float]:
+        means = compiler.call("evaluate", traced.make_evaluate(task), (params, test, mask))
+        return {name: float(value) for name, value in means.items()}
+
+    def replay(state: ServerState, words: np.ndarray, broadcasts: Broadcast) -> ServerState:
+        state = jax.tree.map(jnp.copy, state)
+        for at in range(0, len(words), traced.CAPACITY):
+            first_round = int(state.round)
+            n = min(len(words) - at, traced.CAPACITY)
+            phase = _phase_of(phases, first_round, n)
+            buffers = jax.tree.map(
+                lambda x, at=at: _pad(x[at : at + traced.CAPACITY], traced.CAPACITY),
+                (words, broadcasts),
+            )
+            state = compiler.call(
+                ("replay", phase),
+                traced.make_replay(phases[phase].algorithm, str(jax.random.key_impl(root.shared))),
+                (state, *buffers, np.int32(n)),
+                donate=(0,),
+            )
+            if int(state.round) != first_round + n:
+                raise ValueError(
+                    f"the broadcast of round {int(state.round)} is not finite and can't be "
+                    "replayed; replay up to an earlier round"
+                )
+        return state
+
+    @jax.jit
+    def traced_cohorts(rounds: Array) -> Array:
+        return jax.vmap(
+            lambda r: participation.uniform(root.cohort, r, num_clients, clients_per_round)
+        )(rounds)
+
+    def cohorts(rounds: np.ndarray) -> np.ndarray:
+        return np.asarray(traced_cohorts(jnp.asarray(rounds, jnp.int32)))
+
+    @jax.jit
+    def traced_seeds(rounds: Array) -> Array:
+        return jax.vmap(lambda r: jax.random.key_data(keys.round_key(root.shared, r)))(rounds)
+
+    def seeds(rounds: np.ndarray) -> np.ndarray:
+        padded = _pad(np.asarray(rounds, np.int32), traced.CAPACITY)
+        return np.asarray(traced_seeds(padded))[: len(rounds)]
+
+    params = jax.eval_shape(task.init, root.init)
+    shapes = [
+        ledger.message_shapes(
+            phase.algorithm,
+            root.shared,
+            params,
+            _batches_shape(task, batch_size, phase.algorithm.local_steps),
+        )
+        for phase in phases
+    ]
+    weighted = weighting == "examples"
+    return Simulator(
+        task,
+        root,
+        phases,
+        tuple(ledger.message_sizes(shape, root.shared, params, weighted) for shape in shapes),
+        tuple(broadcast for _, broadcast in shapes),
+        start,
+        advance,
+        evaluate,
+        replay,
+        cohorts,
+        seeds,
+        lambda: sum(compiler.seconds),
+    )
+
+
+def run(
+    simulator: Simulator,
+    *,
+    rounds: int,
+    eval_every: int = 0,
+    progress: Progress | None = None,
+    on_rounds: Callable[[Trace, list[ledger.RoundBytes], Progress], None] | None = None,
+    on_record: Callable[[Record], None] | None = None,
+) -> Progress:
+    """Runs until `rounds` rounds are done; evaluates every `eval_every` and at the end.
+
+    Args:
+      simulator: see `make_simulator`.
+      rounds: rounds in all, those already done included; >= 1.
+      eval_every: 0 evaluates at the end only.
+      progress: where to start, round 0 unless given; its state is consumed.
+      on_rounds: called after each dispatch with its trace, the bytes of each round and
+        the progress, whose state the next dispatch consumes.
+      on_record: called after each evaluation.
+
+    Returns:
+      The progress after the last round.
+
+    Raises:
+      Diverged: at the first round whose loss or broadcast is not finite; it carries the
+        progress up to there.
+      ValueError: for arguments out of range.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be >= 1, got {rounds}")
+    if eval_every < 0:
+        raise ValueError(f"eval_every must be >= 0, got {eval_every}")
+    state, memory, book, history, losses, seconds = progress or simulator.start(None)
+    history, losses = list(history), list(losses)
+    done, dispatch = int(state.round), 1
+    while True:
+        evaluated = history[-1].round if history else 0
+        if done != evaluated and (done == rounds or (eval_every and done % eval_every == 0)):
+            metrics = simulator.evaluate(state.params)
+            record = Record(done, float(np.mean(losses)), metrics, book.totals.up, book.totals.down)
+            history.append(record)
+            losses.clear()
+            if on_record:
+                on_record(record)
+        if done >= rounds:
+            return Progress(state, memory, book, history, losses, seconds)
+
+        phase = phase_at(simulator.phases, done)
+        until = min([rounds, *(p.first_round for p in simulator.phases[phase + 1 :])])
+        if eval_every:
+            until = min(until, done - done % eval_every + eval_every)
+        n = min(dispatch, until - done)
+        compiled_before = simulator.compile_seconds()
+        began = time.perf_counter()
+        state, memory, trace = simulator.advance(state, memory, n)
+        took = time.perf_counter() - began - (simulator.compile_seconds() - compiled_before)
+        seconds += took
+        if n == dispatch and took < DISPATCH_SECONDS / 2:
+            dispatch = min(2 * dispatch, traced.CAPACITY)
+
+        counted = [book.record(cohort, simulator.sizes[phase]) for cohort in trace.cohorts]
+        losses.extend(trace.losses.tolist())
+        done += len(trace.losses)
+        now = Progress(state, memory, book, history, losses, seconds)
+        if on_rounds and counted:
+            on_rounds(trace, counted, now)
+        if trace.failed_loss is not None:
+            raise Diverged(done, trace.failed_loss, now)
+
+
+def as_phases(algorithm: Algorithm | Sequence[Phase]) -> tuple[Phase, ...]:
+    """Returns the phases of a run.
+
+    Raises:
+      ValueError: unless they start at round 0 and their first rounds increase.
+    """
+    phases = (Phase(0, algorithm),) if isinstance(algorithm, Algorithm) else tuple(algorithm)
+    starts = [phase.first_round for phase in phases]
+    if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
+        raise ValueError(f"phases must start at round 0 and increase, got first rounds {starts}")
+    return phases
+
+
+def phase_at(phases: Sequence[Phase], round_index: int) -> int:
+    """Returns the index of the phase that round `round_index` belongs to."""
+    return sum(phase.first_round <= round_index for phase in phases) - 1
+
+
+def _phase_of(phases: Sequence[Phase], first_round: int, n: int) -> int:
+    if not 1 <= n <= traced.CAPACITY:
+        raise ValueError(f"a dispatch takes 1 to {traced.CAPACITY} rounds, got {n}")
+    phase = phase_at(phases, first_round)
+    if phase != phase_at(phases, first_round + n - 1):
+        raise ValueError(f"rounds {first_round} to {first_round + n - 1} cross into a new phase")
+    return phase
+
+
+def _pad(x: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([x, np.zeros((max(size - len(x), 0), *x.shape[1:]), x.dtype)])
+
+
+def _batches_shape(task: Task, batch_size: int, local_steps: int) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((local_steps, batch_size, *x.shape[1:]), x.dtype),
+        task.train.examples,
+    )
+
+
+class _Compiler:
+    """Compiles each function once, ahead of its first call, and times that."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._compiled: dict[Any, Callable] = {}
+
+    def call(self, name: Any, fn: Callable, args: tuple, donate: tuple[int, ...] = ()) -> Any:
+        """Returns fn(*args); `name` stands for `fn` and for the shapes of `args`."""
+        if name not in self._compiled:
+            began = time.perf_counter()
+            jitted = jax.jit(fn, donate_argnums=donate)
+            self._compiled[name] = jitted.lower(*args).compile()
+            self.seconds.append(time.perf_counter() - began)
+        return self._compiled[name](*args)
