@@ -1,0 +1,212 @@
+"""Between a simulation and its run directory: rows out, and progress back in.
+
+The log holds each round's seed and broadcast, so progress is restored from the last
+snapshot by replaying the rounds after it. A checksum of the params logged with the rounds
+says whether the replay gave the same bits; where it did not (another machine, another
+release of XLA), the rounds after the snapshot are dropped from the log and run again.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from zofl_jax import ledger, rounds
+from zofl_jax.core import Broadcast, ServerState
+from zofl_jax.runs import RoundRow, Run, RunError
+from zofl_jax.simulation import Progress, Record, Simulator, Trace, phase_at
+
+FINGERPRINT = "params_fingerprint"
+RUN_SECONDS = "run_seconds"
+_HOST_METRICS = (FINGERPRINT, RUN_SECONDS, "train_loss")
+
+
+def write_rounds(
+    run: Run, trace: Trace, counted: Sequence[ledger.RoundBytes], progress: Progress
+) -> None:
+    """Appends the rounds of one dispatch to the log, with a checksum of the params.
+
+    Raises:
+      RunError: if the log can't be written.
+    """
+    words = trace.seeds.astype("<u4")
+    rows = [
+        RoundRow(
+            trace.first_round + i,
+            words[i].tobytes(),
+            _encode(jax.tree.map(lambda x, i=i: x[i], trace.broadcasts)),
+            float(trace.losses[i]),
+            sums.up,
+            sums.seed,
+            sums.broadcast,
+            sums.catch_up,
+            sums.first_sync,
+        )
+        for i, sums in enumerate(counted)
+    ]
+    marks = {
+        FINGERPRINT: float(rounds.fingerprint(progress.state.params)),
+        RUN_SECONDS: progress.run_seconds,
+    }
+    run.log.append(rows, {trace.first_round + len(rows): marks})
+
+
+def write_record(run: Run, record: Record) -> None:
+    """Adds an evaluation to the log; the metrics of the test set are named test_*."""
+    metrics = {f"test_{name}": value for name, value in record.metrics.items()}
+    run.log.write_metrics(record.round, {"train_loss": record.train_loss, **metrics})
+
+
+def save_snapshot(run: Run, progress: Progress) -> None:
+    """Saves state and memory; the snapshot of round 0 is the start of every replay."""
+    run.save_snapshot(int(progress.state.round), (progress.state, progress.memory))
+
+
+def restore(run: Run, simulator: Simulator) -> tuple[Progress, str | None]:
+    """Returns the progress of a run, at round 0 if it is new, and a sentence for the user.
+
+    Raises:
+      RunError: if the log doesn't belong to this simulation.
+    """
+    progress = simulator.start(None)
+    if not run.snapshot_rounds:
+        run.log.truncate_after(-1)
+        save_snapshot(run, progress)
+        return progress, None
+
+    done = run.log.last_round + 1
+    _check_seeds(run, simulator, done)
+    (state, memory), first = _snapshot(run, progress, at_most=done)
+    notice = None
+    if first < done and jax.tree.leaves(memory):
+        # What stateful clients keep is in no message.
+        notice = f"rounds {first} to {done - 1} are run again: clients' memory is not in the log."
+        done = first
+    elif first < done:
+        replayed = _replay(run, simulator, state, done)
+        if _differs(run, replayed):
+            notice = (
+                f"the replay of rounds {first} to {done - 1} did not give the same bits here; "
+                "they are run again."
+            )
+            done = first
+        else:
+            state = replayed
+    run.log.truncate_after(done - 1)
+    return _recount(run, simulator, Progress(state, memory, progress.ledger, [], [])), notice
+
+
+def rebuild(run: Run, simulator: Simulator, rounds_done: int) -> tuple[ServerState, bool | None]:
+    """Returns the state after `rounds_done` rounds, from the initial params and the log.
+
+    The second value says whether its params have the bits of the run: None where the log
+    holds no checksum for that round.
+
+    Raises:
+      RunError: if the log doesn't hold that many rounds, or isn't of this simulation.
+    """
+    logged = run.log.last_round + 1
+    if not 0 <= rounds_done <= logged:
+        raise RunError(f"round {rounds_done} is not in the log, which holds {logged} rounds")
+    _check_seeds(run, simulator, rounds_done)
+    (state, _), _ = _snapshot(run, simulator.start(None), at_most=0)
+    state = _replay(run, simulator, state, rounds_done)
+    differs = _differs(run, state)
+    return state, None if differs is None else not differs
+
+
+def _snapshot(run: Run, template: Progress, at_most: int) -> tuple[tuple[ServerState, Any], int]:
+    found = run.latest_snapshot((template.state, template.memory), at_most)
+    if found is None:
+        raise RunError(
+            f"{run.path} has no readable snapshot at or before round {at_most}, so its log can't "
+            "be replayed; start anew in another --workdir"
+        )
+    return found[1], found[0]
+
+
+def _replay(run: Run, simulator: Simulator, state: ServerState, until: int) -> ServerState:
+    first = int(state.round)
+    starts = [phase.first_round for phase in simulator.phases if first < phase.first_round < until]
+    for start, stop in zip([first, *starts], [*starts, until], strict=True):
+        rows = run.log.rounds(start, stop)
+        spec = simulator.broadcasts[phase_at(simulator.phases, start)]
+        broadcasts = [_decode(row.broadcast, spec) for row in rows]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *broadcasts) if rows else None
+        if stacked is not None:
+            state = simulator.replay(state, _seeds(rows), stacked)
+    return state
+
+
+def _differs(run: Run, state: ServerState) -> bool | None:
+    logged = run.log.metrics().get(int(state.round), {}).get(FINGERPRINT)
+    return None if logged is None else int(logged) != int(rounds.fingerprint(state.params))
+
+
+def _recount(run: Run, simulator: Simulator, progress: Progress) -> Progress:
+    """Returns progress with the ledger, the history and the losses of the logged rounds."""
+    book, history, losses, seconds = progress.ledger, [], [], 0.0
+    metrics = run.log.metrics()
+    rows = run.log.rounds()
+    chunk = rounds.CAPACITY
+    for at in range(0, len(rows), chunk):
+        part = rows[at : at + chunk]
+        indices = np.resize(np.arange(at, at + len(part)), chunk)
+        for row, cohort in zip(part, simulator.cohorts(indices), strict=False):
+            book.record(cohort, simulator.sizes[phase_at(simulator.phases, row.round)])
+            losses.append(row.train_loss)
+            values = metrics.get(row.round + 1, {})
+            seconds = values.get(RUN_SECONDS, seconds)
+            tests = {
+                name.removeprefix("test_"): value
+                for name, value in values.items()
+                if name not in _HOST_METRICS
+            }
+            if tests:
+                loss = values.get("train_loss", math.nan)
+                totals = book.totals
+                history.append(Record(row.round + 1, loss, tests, totals.up, totals.down))
+                losses = []
+    return progress._replace(history=history, losses=losses, run_seconds=seconds)
+
+
+def _check_seeds(run: Run, simulator: Simulator, done: int) -> None:
+    if done == 0:
+        return
+    row = run.log.rounds(done - 1, done)[0]
+    expected = np.asarray(simulator.seeds(np.array([done - 1])))[0].astype("<u4").tobytes()
+    if row.key != expected:
+        raise RunError(
+            f"the seed of round {done - 1} in {run.path} is not the one this run draws, so the "
+            "log is of another run or another key schedule; use another --workdir"
+        )
+
+
+def _seeds(rows: Sequence[RoundRow]) -> np.ndarray:
+    return np.stack([np.frombuffer(row.key, "<u4").astype(np.uint32) for row in rows])
+
+
+def _encode(broadcast: Broadcast) -> bytes:
+    parts = []
+    for leaf in jax.tree.leaves(broadcast):
+        array = np.asarray(leaf)
+        parts.append(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    return b"".join(parts)
+
+
+def _decode(data: bytes, spec: Any) -> Broadcast:
+    leaves, treedef = jax.tree.flatten(spec)
+    if len(data) != ledger.tree_bytes(spec):
+        raise RunError(
+            f"a broadcast in the log has {len(data)} bytes where this run's have "
+            f"{ledger.tree_bytes(spec)}; the log is of another run: use another --workdir"
+        )
+    arrays, at = [], 0
+    for leaf in leaves:
+        size = ledger.tree_bytes(leaf)
+        raw = np.frombuffer(data[at : at + size], np.dtype(leaf.dtype).newbyteorder("<"))
+        arrays.append(raw.astype(leaf.dtype).reshape(leaf.shape))
+        at += size
+    return jax.tree.unflatten(treedef, arrays)
