@@ -1,0 +1,1 @@
+"""Entry points: every experiment is a module to run and a file of flags."""

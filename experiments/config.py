@@ -1,0 +1,375 @@
+"""The flags of a run, and what is built from them.
+
+Flags end here: `resolve` turns them into a flat dict (the run directory's `flags.json`),
+and the builders below turn that dict into library objects.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+
+from experiments.entry import UserError
+from zofl_jax import estimators, keys, perturbations, simulation
+from zofl_jax.algorithms import decomfl
+from zofl_jax.core import LossFn, Phase, Task
+from zofl_jax.data import partition, sources, tfds
+from zofl_jax.models import cnn, mlp
+from zofl_jax.tasks import quadratic, vision
+
+Values = Mapping[str, Any]
+
+PERTURBATIONS = {
+    "gaussian": perturbations.gaussian,
+    "rademacher": perturbations.rademacher,
+    "sphere": perturbations.sphere,
+}
+MODELS = {
+    "softmax": mlp.Softmax,
+    "mlp": mlp.MLP,
+    "mnist_cnn": cnn.MnistCnn,
+    "fashion_cnn": cnn.FashionCnn,
+    "lenet": cnn.LeNet,
+}
+CONVOLUTIONAL = ("mnist_cnn", "fashion_cnn", "lenet")
+AUTHORS_SCHEDULE = "500:lr=0.8,P=2;1000:lr=0.5,P=4;2000:lr=0.3,P=8"
+
+flags.DEFINE_string("task", "digits", "digits, idx, npz, tfds:NAME or quadratic.")
+flags.DEFINE_string("data_dir", None, "Folder (idx, tfds) or file (npz) of the data.")
+flags.DEFINE_enum("model", None, list(MODELS), "Model of an image task; softmax unless given.")
+flags.DEFINE_enum("algorithm", "decomfl", ["decomfl"], "Federated algorithm.")
+flags.DEFINE_enum(
+    "estimator",
+    "central",
+    ["forward", "central", "projection", "jvp"],
+    "Finite differences, or exact directional derivatives by one backward pass (projection) "
+    "or by forward mode (jvp).",
+)
+flags.DEFINE_enum(
+    "perturbation", "gaussian", list(PERTURBATIONS), "Distribution of the directions."
+)
+flags.DEFINE_integer("num_clients", 20, "Population.", lower_bound=1)
+flags.DEFINE_integer("clients_per_round", 5, "Cohort, sampled uniformly.", lower_bound=1)
+flags.DEFINE_integer("local_steps", 4, "K, local steps of a client in a round.", lower_bound=1)
+flags.DEFINE_integer("num_perturbations", 20, "P, directions of a local step.", lower_bound=1)
+flags.DEFINE_float("smoothing", 1e-3, "μ, the length of a perturbation in units of z.")
+flags.DEFINE_integer("batch_size", 32, "Examples of a client in a local step.", lower_bound=1)
+flags.DEFINE_enum("optimizer", "sgd", ["sgd", "adam"], "Optimiser that everyone replays.")
+flags.DEFINE_float("learning_rate", 0.02, "Learning rate.")
+flags.DEFINE_float("momentum", 0.9, "Momentum of sgd.", lower_bound=0.0, upper_bound=1.0)
+flags.DEFINE_float(
+    "weight_decay",
+    0.0,
+    "Weight decay: added to the direction (sgd), decoupled (adam).",
+    lower_bound=0.0,
+)
+flags.DEFINE_string(
+    "schedule",
+    "",
+    "Factors on learning rate (lr), smoothing (mu) and perturbations (P) from a round on, "
+    "relative to the start, as in '500:lr=0.8,P=2;1000:lr=0.5,P=4'; 'authors' is "
+    f"'{AUTHORS_SCHEDULE}'.",
+)
+flags.DEFINE_integer("rounds", 400, "Rounds in all.", lower_bound=1)
+flags.DEFINE_integer("eval_every", 50, "Rounds between evaluations.", lower_bound=1)
+flags.DEFINE_enum(
+    "partition",
+    "iid",
+    ["iid", "dirichlet", "shards", "natural"],
+    "How examples are shared out to clients.",
+)
+flags.DEFINE_float("dirichlet_alpha", 1.0, "α of the Dirichlet partition.")
+flags.DEFINE_integer("shards_per_client", 2, "Label shards a client gets.", lower_bound=1)
+flags.DEFINE_enum("weighting", "uniform", ["uniform", "examples"], "Weights of the cohort's mean.")
+flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0, upper_bound=2**32 - 1)
+flags.DEFINE_string(
+    "prng_impl", "threefry2x32", f"Generator of the directions: {', '.join(keys.IMPLEMENTATIONS)}."
+)
+flags.DEFINE_integer(
+    "clients_at_once",
+    None,
+    "Clients evaluated at once, 0 for all; 1 for convolutional models and all for others unless "
+    "given.",
+    lower_bound=0,
+)
+flags.DEFINE_integer("quadratic_dim", 1000, "Dimension of the quadratic.", lower_bound=1)
+flags.DEFINE_float("effective_rank", 10.0, "Effective rank of the quadratic.")
+flags.DEFINE_float("heterogeneity", 1.0, "Distance between the clients' quadratics.")
+flags.DEFINE_float("noise", 0.0, "Distance between the examples of a client's quadratic.")
+
+FLAGS = flags.FLAGS
+
+NAMES = (
+    "task",
+    "data_dir",
+    "model",
+    "algorithm",
+    "estimator",
+    "perturbation",
+    "num_clients",
+    "clients_per_round",
+    "local_steps",
+    "num_perturbations",
+    "smoothing",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "momentum",
+    "weight_decay",
+    "schedule",
+    "rounds",
+    "eval_every",
+    "partition",
+    "dirichlet_alpha",
+    "shards_per_client",
+    "weighting",
+    "seed",
+    "prng_impl",
+    "clients_at_once",
+    "quadratic_dim",
+    "effective_rank",
+    "heterogeneity",
+    "noise",
+)
+"""The flags that make a run what it is."""
+
+
+class Experiment(NamedTuple):
+    """What a run needs, built from flags."""
+
+    task: Task
+    simulator: simulation.Simulator
+    label_counts: np.ndarray | None  # [num_clients, num_classes]
+    minimum: float | None  # the least test loss, where it is known
+
+
+class Change(NamedTuple):
+    """Factors relative to the start that hold from a round on."""
+
+    first_round: int
+    learning_rate: float = 1.0
+    smoothing: float = 1.0
+    num_perturbations: float = 1.0
+
+
+@contextlib.contextmanager
+def _as_user_errors() -> Iterator[None]:
+    """Turns the library's complaints about its arguments into messages for the user."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+@_as_user_errors()
+def resolve() -> dict[str, Any]:
+    """Returns the flags of this process as a flat dict, defaults filled in.
+
+    Raises:
+      UserError: for values that no single flag's check can find.
+    """
+    values: dict[str, Any] = {name: FLAGS[name].value for name in NAMES}
+    for name in ("smoothing", "learning_rate", "dirichlet_alpha"):
+        if not 0 < values[name] < float("inf"):
+            raise ValueError(f"--{name} must be positive and finite, got {values[name]}")
+    if values["momentum"] == 1.0:
+        raise ValueError("--momentum must be below 1, got 1.0")
+    task = values["task"]
+    if task == "quadratic":
+        if values["model"] is not None:
+            raise ValueError(f"--model={values['model']} has no meaning with --task=quadratic")
+        values["model"] = "quadratic"
+        if FLAGS["batch_size"].using_default_value:
+            values["batch_size"] = 1
+    else:
+        values["model"] = values["model"] or "softmax"
+    if values["clients_at_once"] is None:
+        values["clients_at_once"] = 1 if values["model"] in CONVOLUTIONAL else 0
+    if task in ("idx", "npz") and not values["data_dir"]:
+        kind = "the folder with the IDX files" if task == "idx" else "the .npz file"
+        raise ValueError(f"--task={task} needs --data_dir={kind}")
+    if values["clients_per_round"] > values["num_clients"] and values["partition"] != "natural":
+        raise ValueError(
+            f"--clients_per_round={values['clients_per_round']} is more than "
+            f"--num_clients={values['num_clients']}"
+        )
+    parse_schedule(values["schedule"])
+    return values
+
+
+@_as_user_errors()
+def build(values: Values) -> Experiment:
+    """Returns the task and the simulator that flags describe.
+
+    Raises:
+      UserError: for data that is missing or malformed, or flags that don't fit it.
+    """
+    root = keys.root(values["seed"], values["prng_impl"])
+    label_counts, minimum = None, None
+    if values["task"] == "quadratic":
+        built = quadratic.quadratic(
+            root.partition,
+            dim=values["quadratic_dim"],
+            effective_rank=values["effective_rank"],
+            num_clients=values["num_clients"],
+            examples_per_client=values["batch_size"],
+            heterogeneity=values["heterogeneity"],
+            noise=values["noise"],
+        )
+        task, minimum = built.task, built.minimum
+    else:
+        dataset = _dataset(values)
+        order, offsets = _partition(values, dataset, root)
+        model = MODELS[values["model"]](dataset.num_classes)
+        task = vision.classification(dataset, model, order, offsets)
+        label_counts = partition.label_counts(
+            dataset.train["label"], order, offsets, dataset.num_classes
+        )
+    simulator = simulation.make_simulator(
+        build_phases(values, task.loss),
+        task,
+        clients_per_round=values["clients_per_round"],
+        batch_size=values["batch_size"],
+        seed=values["seed"],
+        prng_impl=values["prng_impl"],
+        weighting=values["weighting"],
+    )
+    return Experiment(task, simulator, label_counts, minimum)
+
+
+def build_phases(values: Values, loss_fn: LossFn) -> list[Phase]:
+    """Returns the algorithm of each phase of the schedule.
+
+    Phases differ in their number of perturbations alone; learning rate and smoothing
+    follow the round within them.
+    """
+    changes = parse_schedule(values["schedule"])
+    optimizer = _optimizer(values, changes)
+    smoothing = _piecewise(changes, "smoothing", values["smoothing"])
+    perturbation = PERTURBATIONS[values["perturbation"]]()
+    phases: list[Phase] = []
+    previous = 0
+    for change in changes:
+        count = max(1, round(values["num_perturbations"] * change.num_perturbations))
+        if count != previous:
+            estimator = _estimator(
+                values["estimator"],
+                count,
+                smoothing,
+                perturbation,
+                values["clients_at_once"] or None,
+            )
+            algorithm = decomfl(loss_fn, estimator, optimizer, local_steps=values["local_steps"])
+            phases.append(Phase(change.first_round, algorithm))
+        previous = count
+    return phases
+
+
+def parse_schedule(text: str) -> list[Change]:
+    """Returns the changes of a `--schedule`, the start included.
+
+    Raises:
+      ValueError: for text that is not a schedule.
+
+    >>> parse_schedule("500:lr=0.8,P=2")[1].num_perturbations
+    2.0
+    """
+    text = AUTHORS_SCHEDULE if text == "authors" else text
+    fields = {"lr": "learning_rate", "mu": "smoothing", "P": "num_perturbations"}
+    changes = [Change(0)]
+    for part in filter(None, text.split(";")):
+        try:
+            start, _, assignments = part.partition(":")
+            factors = {}
+            for assignment in assignments.split(","):
+                name, _, value = assignment.partition("=")
+                factors[fields[name.strip()]] = float(value)
+            changes.append(Change(int(start), **factors))
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"--schedule: can't read {part!r}; write 'ROUND:lr=F,mu=F,P=F' with factors "
+                "relative to the start, parts separated by ';'"
+            ) from None
+        if min(changes[-1][1:]) <= 0 or changes[-1].first_round <= changes[-2].first_round:
+            raise ValueError(
+                f"--schedule: factors must be positive and rounds increase from 1 on, got {part!r}"
+            )
+    return changes
+
+
+def _piecewise(changes: list[Change], field: str, start: float) -> optax.Schedule:
+    """Returns round -> start · factor."""
+    rounds = np.array([change.first_round for change in changes])
+    values = np.array([start * getattr(change, field) for change in changes])
+
+    def value(round_index: Any) -> Any:
+        at = jnp.sum(jnp.asarray(round_index) >= rounds) - 1
+        return jnp.asarray(values, jnp.result_type(float))[at]
+
+    return value
+
+
+def _optimizer(values: Values, changes: list[Change]) -> optax.GradientTransformation:
+    by_round = _piecewise(changes, "learning_rate", values["learning_rate"])
+
+    def by_step(count: Any) -> Any:
+        # The optimiser counts local steps, K a round.
+        return by_round(count // values["local_steps"])
+
+    rate: Any = by_step if len(changes) > 1 else values["learning_rate"]
+    decay = values["weight_decay"]
+    if values["optimizer"] == "adam":
+        return optax.adamw(rate, weight_decay=decay) if decay else optax.adam(rate)
+    sgd = optax.sgd(rate, momentum=values["momentum"] or None)
+    return optax.chain(optax.add_decayed_weights(decay), sgd) if decay else sgd
+
+
+def _estimator(
+    name: str,
+    count: int,
+    smoothing: optax.Schedule,
+    perturbation: perturbations.Perturbation,
+    clients_at_once: int | None,
+) -> estimators.Estimator:
+    if name == "forward":
+        return estimators.forward_difference(count, smoothing, perturbation, clients_at_once)
+    if name == "central":
+        return estimators.central_difference(count, smoothing, perturbation, clients_at_once)
+    if name == "projection":
+        return estimators.projection(count, perturbation, clients_at_once)
+    return estimators.forward_gradient(count, perturbation, clients_at_once)
+
+
+def _dataset(values: Values) -> sources.Dataset:
+    task, data_dir = values["task"], values["data_dir"]
+    if task == "digits":
+        return sources.digits()
+    if task == "idx":
+        return sources.idx(data_dir)
+    if task == "npz":
+        return sources.npz(data_dir)
+    if task.startswith("tfds:"):
+        return tfds.load(task.removeprefix("tfds:"), data_dir)
+    raise ValueError(f"--task={task} is unknown; use digits, idx, npz, tfds:NAME or quadratic")
+
+
+def _partition(
+    values: Values, dataset: sources.Dataset, root: keys.RootKeys
+) -> partition.Partition:
+    labels, num_clients = dataset.train["label"], values["num_clients"]
+    kind = values["partition"]
+    if kind == "iid":
+        return partition.iid(root.partition, labels, num_clients)
+    if kind == "dirichlet":
+        return partition.dirichlet(
+            root.partition, labels, num_clients, values["dirichlet_alpha"], values["batch_size"]
+        )
+    if kind == "shards":
+        return partition.shards(root.partition, labels, num_clients, values["shards_per_client"])
+    if dataset.client_ids is None:
+        raise ValueError(f"--partition=natural: {dataset.name} names no owners of its examples")
+    return partition.natural(dataset.client_ids)

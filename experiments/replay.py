@@ -1,0 +1,60 @@
+"""Rebuilds the model of any round of a run from its initial params and its log.
+
+    python -m experiments.replay --workdir=runs/digits --round=100 --out=model.npz
+
+`--round` counts rounds done: 0 is the initial model. The data is read once more to
+evaluate the model; no client takes part.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import config, entry
+from zofl_jax import keys, recording, rounds
+from zofl_jax.runs import open_run, read_flags
+
+flags.DEFINE_string("workdir", None, "Run directory.", required=True)
+flags.DEFINE_integer("round", None, "Rounds done; the last logged one unless given.")
+flags.DEFINE_string("out", None, "File for the params, as .npz with one array a leaf.")
+
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    """Rebuilds, checks, evaluates and saves a model."""
+    workdir = Path(FLAGS.workdir)
+    values = read_flags(workdir)
+    with open_run(workdir, values) as run:
+        if run.notice:
+            print(f"note: {run.notice}", file=sys.stderr)
+        experiment = config.build(values)
+        done = run.log.last_round + 1 if FLAGS.round is None else FLAGS.round
+        state, same = recording.rebuild(run, experiment.simulator, done)
+    metrics = experiment.simulator.evaluate(state.params)
+    print(
+        f"model after {done} rounds: " + ", ".join(f"test {k} {v:.4f}" for k, v in metrics.items())
+    )
+    print(
+        f"fingerprint {int(rounds.fingerprint(state.params)):08x}: "
+        + {
+            True: "bit-identical to the run",
+            False: "differs from the run in some bits (another machine or release of XLA?)",
+            None: "the log holds none for this round",
+        }[same]
+    )
+    if FLAGS.out:
+        paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(state.params)
+        arrays: dict[str, Any] = {
+            keys.path_name(path): np.asarray(leaf) for path, leaf in paths_and_leaves
+        }
+        np.savez(FLAGS.out, **arrays)
+        print(f"saved {len(arrays)} arrays to {FLAGS.out}")
+
+
+if __name__ == "__main__":
+    entry.run(main)
