@@ -111,8 +111,10 @@ def label_distribution(counts: np.ndarray, title: str) -> Figure:
 
     figure = _new_figure(title, (7.2, 4.8))
     top, main = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3])
-    clients = np.arange(num_clients)
-    top.bar(clients, sizes, width=1.0 if ordered else 0.8, color=_BLUE, linewidth=0)
+    if ordered:  # thousands of bars would take seconds
+        top.stairs(sizes, np.arange(num_clients + 1) - 0.5, fill=True, color=_BLUE)
+    else:
+        top.bar(np.arange(num_clients), sizes, color=_BLUE)
     _tidy(top)
     top.grid(visible=False, axis="x")
     top.tick_params(bottom=False)
