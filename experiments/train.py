@@ -82,7 +82,7 @@ def _train(run: Run, values: config.Values, experiment: config.Experiment | None
     if done:
         print(f"resuming {run.path} after round {done}", file=sys.stderr)
     if experiment.label_counts is not None:
-        title = f"{values['task']}, {values['partition']} partition"
+        title = f"{experiment.task.name}, {values['partition']} partition"
         run.save_figure("labels.png", plots.label_distribution(experiment.label_counts, title))
 
     bar = tqdm.tqdm(
@@ -144,7 +144,7 @@ def _train(run: Run, values: config.Values, experiment: config.Experiment | None
     summary["total_seconds"] = time.perf_counter() - began
     if diverged:
         summary["diverged_round"] = diverged.round
-    _save_figures(run, values, summary)
+    _save_figures(run, experiment.task.name, summary)
     run.write_summary(summary)
     _print_table(summary)
     print(f"\nFigures, log and summary are in {run.path}")
@@ -206,10 +206,10 @@ def _row(record: simulation.Record) -> dict[str, Any]:
     }
 
 
-def _save_figures(run: Run, values: config.Values, summary: dict[str, Any]) -> None:
+def _save_figures(run: Run, task_name: str, summary: dict[str, Any]) -> None:
     if not summary["history"]:
         return
-    title = f"{values['algorithm']} on {values['task']} ({values['model']})"
+    title = f"{summary['algorithm']} on {task_name} ({summary['model']})"
     run.save_figure("rounds.png", plots.accuracy_against_rounds(summary["history"], title))
     dense = summary["bytes_fedavg_per_client"] * summary["num_clients"] / summary["rounds"]
     run.save_figure("bytes.png", plots.accuracy_against_bytes(summary["history"], dense, title))

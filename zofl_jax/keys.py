@@ -69,17 +69,17 @@ def root(seed: int, impl: str = "threefry2x32") -> RootKeys:
 
 def round_key(shared: PRNGKey, round_index: Array | int) -> PRNGKey:
     """Returns the key that server and clients share in one round."""
-    return jax.random.fold_in(shared, round_index)
+    return _settle(jax.random.fold_in(shared, round_index))
 
 
 def step_key(key: PRNGKey, step: Array | int) -> PRNGKey:
     """Returns the key of local step `step` of the round with key `key`."""
-    return jax.random.fold_in(key, step)
+    return _settle(jax.random.fold_in(key, step))
 
 
 def direction_keys(key: PRNGKey, num_perturbations: int) -> PRNGKey:
     """Returns the keys of all directions of the local step with key `key`, [P]."""
-    return jax.vmap(lambda p: jax.random.fold_in(key, p))(jnp.arange(num_perturbations))
+    return _settle(jax.vmap(lambda p: jax.random.fold_in(key, p))(jnp.arange(num_perturbations)))
 
 
 def leaf_keys(key: PRNGKey, params: Params) -> Params:
@@ -96,7 +96,7 @@ def leaf_keys(key: PRNGKey, params: Params) -> Params:
     if len(set(ids)) < len(ids):
         twins = [path for path in paths if ids.count(name_id(path)) > 1]
         raise ValueError(f"params {twins} would share their directions: rename one of them")
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.asarray(ids, np.uint32))
+    keys = _settle(jax.vmap(lambda i: jax.random.fold_in(key, i))(np.asarray(ids, np.uint32)))
     return jax.tree.unflatten(treedef, [keys[i] for i in range(len(ids))])
 
 
@@ -118,3 +118,10 @@ def name_id(name: str) -> int:
 def key_bytes(key: PRNGKey) -> int:
     """Returns the size of a key as a message, in bytes."""
     return int(jax.eval_shape(jax.random.key_data, key).size) * 4
+
+
+def _settle(key: PRNGKey) -> PRNGKey:
+    # Keeps XLA from inlining one derivation into the next. Each word of a threefry4x32 key
+    # needs all four of the key before, so a chain of five would be compiled 4⁵ times over.
+    words = jax.lax.optimization_barrier(jax.random.key_data(key))
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))

@@ -70,15 +70,13 @@ def restore(run: Run, simulator: Simulator) -> tuple[Progress, str | None]:
     Raises:
       RunError: if the log doesn't belong to this simulation.
     """
-    progress = simulator.start(None)
-    if not run.snapshot_rounds:
-        run.log.truncate_after(-1)
-        save_snapshot(run, progress)
-        return progress, None
-
+    start = simulator.start(None)
     done = run.log.last_round + 1
     _check_seeds(run, simulator, done)
-    (state, memory), first = _snapshot(run, progress, at_most=done)
+    found = run.latest_snapshot((start.state, start.memory), at_most=done)
+    if found is None:
+        save_snapshot(run, start)
+    first, (state, memory) = found or (0, (start.state, start.memory))
     notice = None
     if first < done and jax.tree.leaves(memory):
         # What stateful clients keep is in no message.
@@ -95,7 +93,7 @@ def restore(run: Run, simulator: Simulator) -> tuple[Progress, str | None]:
         else:
             state = replayed
     run.log.truncate_after(done - 1)
-    return _recount(run, simulator, Progress(state, memory, progress.ledger, [], [])), notice
+    return _recount(run, simulator, Progress(state, memory, start.ledger, [], [])), notice
 
 
 def rebuild(run: Run, simulator: Simulator, rounds_done: int) -> tuple[ServerState, bool | None]:
@@ -111,20 +109,12 @@ def rebuild(run: Run, simulator: Simulator, rounds_done: int) -> tuple[ServerSta
     if not 0 <= rounds_done <= logged:
         raise RunError(f"round {rounds_done} is not in the log, which holds {logged} rounds")
     _check_seeds(run, simulator, rounds_done)
-    (state, _), _ = _snapshot(run, simulator.start(None), at_most=0)
+    start = simulator.start(None)
+    found = run.latest_snapshot((start.state, start.memory), at_most=0)
+    state = found[1][0] if found else start.state
     state = _replay(run, simulator, state, rounds_done)
     differs = _differs(run, state)
     return state, None if differs is None else not differs
-
-
-def _snapshot(run: Run, template: Progress, at_most: int) -> tuple[tuple[ServerState, Any], int]:
-    found = run.latest_snapshot((template.state, template.memory), at_most)
-    if found is None:
-        raise RunError(
-            f"{run.path} has no readable snapshot at or before round {at_most}, so its log can't "
-            "be replayed; start anew in another --workdir"
-        )
-    return found[1], found[0]
 
 
 def _replay(run: Run, simulator: Simulator, state: ServerState, until: int) -> ServerState:
