@@ -1,0 +1,249 @@
+import json
+
+import numpy as np
+import pytest
+
+library = pytest.importorskip("tokenizers")
+from tokenizers import decoders, models, pre_tokenizers, trainers  # noqa: E402
+
+from zofl_jax.models import tokenizers as tokenizers_  # noqa: E402
+
+CORPUS = [
+    "The film isn't good, it's GREAT: we'll see it 12345 times (at least).",
+    "Ein schöner Film über Straßen, Äpfel und 1001 Nächte; il était une fois…",
+    "def f(x):\n    return x + 1\n\n\n# the end\r\n",
+    "привет мир, как дела? 你好，世界。 これは映画です",
+    "good good bad bad the the film film was was  1 2 3 42 2024",
+] * 4
+TEXTS = [
+    "The film was good",
+    " It was",
+    "it's 12345 apples, we'll see; I'D SAY",
+    "a  1  22   333 x",
+    "line\n\n  next\r\n\tend   ",
+    "ÄÖÜ straße café cafe\u0301 über",
+    "привет 你好世界 🙂🎬 ½ ²",
+    "unknown \u0000 bytes \uffff",
+    "",
+    "   ",
+]
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def train(words):
+    """A byte-level BPE whose words are cut as `words` says, trained on CORPUS."""
+    backend = library.Tokenizer(models.BPE())
+    backend.pre_tokenizer = words
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return backend
+
+
+def parts(backend):
+    """Returns (tokens by id, merges as pairs)."""
+    fields = json.loads(backend.to_str())["model"]
+    tokens = sorted(fields["vocab"], key=fields["vocab"].get)
+    return tokens, [tuple(merge) for merge in fields["merges"]]
+
+
+def metadata(backend, pre="gpt-2", **changes):
+    tokens, merges = parts(backend)
+    fields = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": [3 if token in SPECIAL else 1 for token in tokens],
+        "merges": [" ".join(merge) for merge in merges],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in (fields | changes).items()}
+
+
+def byte_level():
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def check(tokenizer, reference):
+    """reference: text -> ids."""
+    for text in TEXTS + CORPUS[:5]:
+        assert tokenizer.encode(text, special=False) == reference(text), text
+    assert tokenizer.encode("good</s>film", special=False).count(2) == 1
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+def without_special(theirs):
+    return lambda text: theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(("pre", "kind"), [("gpt-2", "GPT2"), ("qwen2", "Qwen2")])
+def test_gguf_vocabulary_equals_transformers(pre, kind, transformers):
+    backend = train(byte_level())
+    tokens, merges = parts(backend)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    theirs = getattr(transformers, f"{kind}Tokenizer")(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, **names
+    )
+    ours = tokenizers_.from_gguf(metadata(backend, pre))
+    check(ours, without_special(theirs))
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.pad_id) == (420, 1, 2, 2)
+    assert ours.encode("film") == ours.encode("film", special=False)
+
+
+def test_gguf_file_of_llama3_equals_transformers(transformers, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    backend = train(byte_level())
+    fields = metadata(backend, "llama-bpe", add_bos_token=True)
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    for key, value in fields.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+        add.get(type(value), writer.add_array)(key, value)
+    for key in ("block_count", "attention.head_count", "embedding_length"):
+        writer.add_uint32(f"llama.{key}", 2)
+    writer.add_tensor("token_embd.weight", np.zeros((420, 2), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    read = {key: field.contents() for key, field in reader.fields.items() if "tokenizer" in key}
+    assert read == fields
+    ours = tokenizers_.from_gguf(read)
+    check(ours, without_special(theirs))
+    assert ours.encode("good film") == theirs("good film")["input_ids"]
+    assert ours.encode("good film")[0] == 1
+
+
+def test_gguf_vocabulary_of_smollm_cuts_digits_one_by_one():
+    words = [pre_tokenizers.Digits(individual_digits=True), byte_level()]
+    backend = train(pre_tokenizers.Sequence(words))
+    ours = tokenizers_.from_gguf(metadata(backend, "smollm"))
+    check(ours, lambda text: backend.encode(text).ids)
+    plain = tokenizers_.from_gguf(metadata(backend, "gpt-2"))
+    assert ours.encode("a  1") != plain.encode("a  1")  # the space belongs to the words
+
+
+def test_words_that_are_tokens_need_no_merges_in_llama3():
+    tokens = [*"abc", "bc", "abc"]
+    fields = {"tokens": tokens, "merges": ["b c"], "token_type": [1] * 5}
+    fields = {"model": "gpt2", "pre": "llama-bpe", "add_bos_token": False} | fields
+    ours = tokenizers_.from_gguf({f"tokenizer.ggml.{k}": v for k, v in fields.items()})
+    assert ours.encode("abc") == [4]
+
+
+def test_user_defined_tokens_stay_whole():
+    backend = train(byte_level())
+    fields = metadata(backend, "gpt-2")
+    fields["tokenizer.ggml.tokens"] = [*fields["tokenizer.ggml.tokens"], "<think>", "<|end|>"]
+    fields["tokenizer.ggml.token_type"] = [*fields["tokenizer.ggml.token_type"], 4, 3]
+    ours = tokenizers_.from_gguf(fields)
+    ids = ours.encode("good<think>film<|end|>")
+    assert 420 in ids and ids[-1] == 421
+    assert ours.decode(ids) == "good<think>film"
+    assert ours.decode(ids, special=True) == "good<think>film<|end|>"
+    assert ours.vocab_size == 422
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "llama"}, "GGUF vocabulary 'llama' is not supported: only byte-level BPE"),
+        ({"pre": "tekken"}, "GGUF pre-tokenizer 'tekken' is not supported: use one of gpt-2"),
+    ],
+)
+def test_other_gguf_vocabularies_are_refused(changes, message):
+    fields = metadata(train(byte_level()), **changes)
+    with pytest.raises(ValueError, match=message):
+        tokenizers_.from_gguf(fields)
+
+
+def test_gguf_without_a_vocabulary():
+    assert tokenizers_.from_gguf({}) is None
+
+
+@pytest.fixture
+def opt_folder(tmp_path):
+    """The files that OPT's repositories hold: GPT-2's, with "</s>" to be put first."""
+    backend = train(byte_level())
+    backend.model.save(str(tmp_path))
+    token = {"content": "</s>", "lstrip": False, "rstrip": False, "normalized": True}
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_bos_token": True,
+        "bos_token": token | {"__type": "AddedToken"},
+        "eos_token": token | {"__type": "AddedToken"},
+        "unk_token": "</s>",
+        "pad_token": "<unk>",
+        "errors": "replace",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    return tmp_path
+
+
+def test_opt_puts_its_end_token_first(opt_folder, transformers):
+    ours = tokenizers_.from_folder(str(opt_folder))
+    theirs = transformers.AutoTokenizer.from_pretrained(opt_folder)
+    check(ours, without_special(theirs))
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (2, 2, 0)
+    assert ours.encode("good film") == theirs("good film")["input_ids"]
+    assert ours.encode("good film") == [2, *ours.encode("good film", special=False)]
+
+
+def test_saved_tokenizer_is_read_by_transformers_and_again(opt_folder, transformers, tmp_path):
+    ours = tokenizers_.from_folder(str(opt_folder))
+    ours.save(str(tmp_path / "saved"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    again = tokenizers_.from_folder(str(tmp_path / "saved"))
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text)["input_ids"] == again.encode(text)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (2, 2, 0)
+    assert again[1:] == ours[1:]
+
+
+def test_text_survives(opt_folder):
+    ours = tokenizers_.from_folder(str(opt_folder))
+    for text in TEXTS:
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_truncation_and_padding_of_the_file_are_off(opt_folder, tmp_path):
+    ours = tokenizers_.from_folder(str(opt_folder))
+    ours.backend.enable_truncation(4)
+    ours.backend.enable_padding(length=8)
+    ours.save(str(tmp_path / "saved"))
+    again = tokenizers_.from_folder(str(tmp_path / "saved"))
+    assert len(again.encode(CORPUS[0])) > 8
+    assert len(again.encode("good")) < 4
+
+
+def test_unknown_special_token_is_refused(opt_folder):
+    tokenizers_.from_folder(str(opt_folder)).save(str(opt_folder))
+    settings = {"pad_token": "<nothing>"}
+    (opt_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="the special token '<nothing>' is not in its vocabulary"):
+        tokenizers_.from_folder(str(opt_folder))
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    assert tokenizers_.from_folder(str(tmp_path)) is None
+
+
+def test_embeddings_may_be_padded_but_not_be_another_models(opt_folder):
+    ours = tokenizers_.from_folder(str(opt_folder))
+    for size in (420, 512, 420 + tokenizers_.PADDING_ROWS):
+        tokenizers_.check_vocabulary(ours, size)
+    for size in (419, 50272):
+        with pytest.raises(ValueError, match=f"has 420 tokens and the model {size} embeddings"):
+            tokenizers_.check_vocabulary(ours, size)

@@ -1,0 +1,261 @@
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers")
+from zofl_jax.models import architectures, safetensors_files, transformer, weights, weights_hf
+from zofl_jax.models import tokenizers as tokenizers_
+
+apply = jax.jit(transformer.apply, static_argnums=0)
+FAMILIES = ["opt", "opt-post-norm", "llama", "llama-biases", "qwen2", "qwen3", "smollm3"]
+MASK = np.arange(7) >= np.array([[0], [3]])
+TOKENS = np.where(MASK, np.arange(14).reshape(2, 7) * 5 + 3, 0)
+
+
+@pytest.fixture
+def tiny():
+    return pytest.importorskip("tiny_language_models")
+
+
+@pytest.fixture
+def llama_folder(tiny, tmp_path):
+    """A folder with a random Llama and the model itself."""
+    model = tiny.random_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model"), model
+
+
+def edit_config(folder, **changes):
+    path = os.path.join(folder, "config.json")
+    with open(path) as file:
+        fields = json.load(file) | changes
+    with open(path, "w") as file:
+        json.dump({k: v for k, v in fields.items() if v is not None}, file)
+
+
+def rewrite(folder, change):
+    """Replaces the tensors of a folder by change({name: array})."""
+    path = os.path.join(folder, "model.safetensors")
+    found = {name: tensor.read() for name, tensor in safetensors_files.tensors(path).items()}
+    found = change(found)
+    specs = {name: (array.shape, array.dtype) for name, array in found.items()}
+    safetensors_files.write(path, specs, found.__getitem__)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_export_is_read_by_transformers_with_the_same_logits(name, tiny, tmp_path):
+    model = tiny.random_model(name)
+    model.save_pretrained(tmp_path / "theirs")
+    config, params, tokenizer = weights.load(f"hf:{tmp_path / 'theirs'}")
+    assert tokenizer is None
+    params = jax.tree.map(lambda leaf: 1.1 * leaf, params)  # as fine-tuning would change them
+    weights.save_hf(str(tmp_path / "ours"), config, params)
+    again = tiny.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert type(again) is type(model) and again.dtype == tiny.torch.float32
+    theirs = tiny.scores(again, TOKENS, MASK)
+    ours = np.asarray(apply(config, params, TOKENS, MASK))
+    np.testing.assert_allclose(ours[MASK], theirs[MASK], atol=1e-4)
+    config2, params2, _ = weights.load(f"hf:{tmp_path / 'ours'}")
+    assert config2 == config
+    jax.tree.map(np.testing.assert_array_equal, params2, params)
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen2"])
+def test_folder_saved_without_the_head(name, tiny, tmp_path):
+    model = tiny.random_model(name)
+    model.save_pretrained(tmp_path / "whole")
+    model.model.save_pretrained(tmp_path / "body")
+    _, whole, _ = weights.load(f"hf:{tmp_path / 'whole'}")
+    _, body, _ = weights.load(f"hf:{tmp_path / 'body'}")
+    jax.tree.map(np.testing.assert_array_equal, body, whole)
+
+
+def test_sharded_folder(llama_folder):
+    folder, model = llama_folder
+    _, whole, _ = weights.load(f"hf:{folder}")
+    os.remove(os.path.join(folder, "model.safetensors"))
+    model.save_pretrained(folder, max_shard_size="20KB")
+    shards = [name for name in os.listdir(folder) if name.endswith(".safetensors")]
+    assert len(shards) > 2
+    _, params, _ = weights.load(f"hf:{folder}")
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    os.remove(os.path.join(folder, sorted(shards)[1]))
+    with pytest.raises(ValueError, match=f"lacks {sorted(shards)[1]}: fetch all shards"):
+        weights.load(f"hf:{folder}")
+
+
+def test_half_precision_files(tiny, tmp_path):
+    model = tiny.random_model("qwen3").to(tiny.torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    config, params, _ = weights.load(f"hf:{tmp_path / 'half'}", dtype="bfloat16")
+    assert config.param_dtype == config.compute_dtype == "bfloat16"
+    exact = model.model.layers[1].mlp.up_proj.weight.detach().float().numpy().T
+    kernel = params["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(kernel[1].astype(jnp.float32), exact)
+    config, params, _ = weights.load(f"hf:{tmp_path / 'half'}", compute_dtype="bfloat16")
+    assert (config.param_dtype, config.compute_dtype) == ("float32", "bfloat16")
+    np.testing.assert_array_equal(params["layers"]["mlp"]["up"]["kernel"][1], exact)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    weights.save_hf(str(tmp_path / "again"), config, half)
+    stored = safetensors_files.tensors(str(tmp_path / "again" / "model.safetensors"))
+    assert {tensor.dtype.name for tensor in stored.values()} == {"bfloat16"}
+    load = tiny.transformers.AutoModelForCausalLM.from_pretrained
+    assert load(tmp_path / "again").dtype == tiny.torch.bfloat16
+
+
+def test_safetensors_agree_with_the_library(tmp_path):
+    library = pytest.importorskip("safetensors.numpy")
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.float16([1.5]),
+        "c": np.arange(3),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+    path = str(tmp_path / "x.safetensors")
+    specs = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    safetensors_files.write(path, specs, arrays.__getitem__)
+    jax.tree.map(np.testing.assert_array_equal, library.load_file(path), arrays)
+    library.save_file(arrays, path)
+    ours = {name: tensor.read() for name, tensor in safetensors_files.tensors(path).items()}
+    jax.tree.map(np.testing.assert_array_equal, ours, arrays)
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_damaged_safetensors_are_refused(tmp_path):
+    path = str(tmp_path / "x.safetensors")
+    safetensors_files.write(path, {"a": ((64,), np.dtype(np.float32))}, lambda _: np.ones(64))
+    with open(path, "rb") as file:
+        content = file.read()
+    with open(path, "wb") as file:
+        file.write(content[:-1])
+    with pytest.raises(ValueError, match="is cut short at tensor 'a': fetch it again"):
+        safetensors_files.tensors(path)
+    with open(path, "wb") as file:
+        file.write(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="not a safetensors file, or is cut short"):
+        safetensors_files.tensors(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda found: {k: v for k, v in found.items() if "layers.1.mlp.up" not in k},
+            r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight: they",
+        ),
+        (
+            lambda found: found | {"model.layers.0.mlp.router.weight": np.zeros((2, 2))},
+            r"hold the unexpected model\.layers\.0\.mlp\.router\.weight: they",
+        ),
+        (
+            lambda found: {k.replace("self_attn", "attn"): v for k, v in found.items()},
+            r"lack model\.layers\.0\.self_attn\.k_proj\.weight, .* and 7 more and hold the unexp",
+        ),
+        (
+            lambda found: found | {"model.norm.weight": np.zeros(31, np.float32)},
+            r"model\.norm\.weight has shape \(31,\), but the configuration asks for \(32,\)",
+        ),
+    ],
+)
+def test_wrong_tensors_are_named(change, message, llama_folder):
+    folder, _ = llama_folder
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match=message):
+        weights.load(f"hf:{folder}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "architecture 'mamba' is not supported: use one of opt, llama"),
+        ({"hidden_size": None}, "config.json of a llama model lacks 'hidden_size'"),
+        ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rotary scaling 'yarn' is not supported"),
+        ({"hidden_size": 16}, "has shape .* but the configuration asks for"),
+    ],
+)
+def test_wrong_configurations_are_refused(changes, message, llama_folder):
+    folder, _ = llama_folder
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        weights.load(f"hf:{folder}")
+
+
+def test_what_is_not_a_model_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"'opt-125m' is not understood: use gguf:PATH or hf:PATH"):
+        weights.load("opt-125m")
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        weights.load(f"hf:{tmp_path}")
+    fields = weights_hf.config_to_fields(architectures.named("opt-125m"))
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"holds no model.safetensors"):
+        weights.load(f"hf:{tmp_path}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"torch .bin weights only, .* save it once more"):
+        weights.load(f"hf:{tmp_path}")
+    (tmp_path / "x.gguf").write_bytes(b"GGML")
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        weights.load(f"gguf:{tmp_path / 'x.gguf'}")
+    with pytest.raises(ValueError, match="is not a file"):
+        weights.load(f"gguf:{tmp_path / 'y.gguf'}")
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*_, **__):
+        raise hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match=r"'a/b' is not a folder here .* when offline"):
+        weights.load("hf:a/b")
+
+
+def test_download_passes_the_revision(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    calls = []
+
+    def snapshot(repository, revision, allow_patterns):
+        calls.append((repository, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    assert weights_hf.download("facebook/opt-125m@refs/pr/12") == str(tmp_path)
+    assert weights_hf.download("facebook/opt-125m") == str(tmp_path)
+    assert [call[:2] for call in calls] == [
+        ("facebook/opt-125m", "refs/pr/12"),
+        ("facebook/opt-125m", None),
+    ]
+    assert "*.safetensors" in calls[0][2]
+
+
+def test_saving_refuses_params_of_another_model(tmp_path):
+    config = architectures.named("opt-125m")
+    params = transformer.shapes(config)
+    params["layers"]["mlp"]["up"]["lora_a"] = params["layers"]["mlp"]["up"]["kernel"]
+    with pytest.raises(ValueError, match="at layers/mlp/up/lora_a: merge adapters first"):
+        weights.save_hf(str(tmp_path), config, params)
+    with pytest.raises(ValueError, match="do not fit the configuration at embed/positions/emb"):
+        weights.save_hf(str(tmp_path), architectures.named("opt-1.3b"), transformer.shapes(config))
+
+
+@pytest.mark.parametrize("name", architectures.PUBLISHED)
+def test_configurations_survive_the_translation(name, tiny):
+    config = architectures.named(name)
+    fields = weights_hf.config_to_fields(config)
+    assert weights_hf.config_from_fields(fields) == config
+    model_type = fields.pop("model_type")
+    theirs = tiny.transformers.AutoConfig.for_model(model_type, **fields).to_dict()
+    assert weights_hf.config_from_fields(theirs) == config  # both spellings of rotary settings
+
+
+def test_vocabularies_that_differ_are_refused(llama_folder):
+    folder, _ = llama_folder
+    library = pytest.importorskip("tokenizers")
+    vocabulary = {chr(0x100 + i): i for i in range(97)}
+    backend = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizers_.Tokenizer(backend, 0, 1, 1).save(folder)
+    with pytest.raises(ValueError, match="the tokenizer has 97 tokens and the model 96 embeddings"):
+        weights.load(f"hf:{folder}")
