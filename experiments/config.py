@@ -5,6 +5,7 @@ and the builders below turn that dict into library objects.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -98,8 +99,12 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("quadratic_dim", 1000, "Dimension of the quadratic.", lower_bound=1)
 flags.DEFINE_float("effective_rank", 10.0, "Effective rank of the quadratic.")
-flags.DEFINE_float("heterogeneity", 1.0, "Distance between the clients' quadratics.")
-flags.DEFINE_float("noise", 0.0, "Distance between the examples of a client's quadratic.")
+flags.DEFINE_float(
+    "heterogeneity", 1.0, "Distance between the clients' quadratics.", lower_bound=0.0
+)
+flags.DEFINE_float(
+    "noise", 0.0, "Distance between the examples of a client's quadratic.", lower_bound=0.0
+)
 
 FLAGS = flags.FLAGS
 
@@ -173,9 +178,13 @@ def resolve() -> dict[str, Any]:
       UserError: for values that no single flag's check can find.
     """
     values: dict[str, Any] = {name: FLAGS[name].value for name in NAMES}
+    for name, value in values.items():
+        # The bounds of absl's flags let NaN and, without an upper bound, infinity pass.
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} must be finite, got {value}")
     for name in ("smoothing", "learning_rate", "dirichlet_alpha"):
-        if not 0 < values[name] < float("inf"):
-            raise ValueError(f"--{name} must be positive and finite, got {values[name]}")
+        if values[name] <= 0:
+            raise ValueError(f"--{name} must be positive, got {values[name]}")
     if values["momentum"] == 1.0:
         raise ValueError("--momentum must be below 1, got 1.0")
     task = values["task"]
@@ -294,9 +303,11 @@ def parse_schedule(text: str) -> list[Change]:
                 f"--schedule: can't read {part!r}; write 'ROUND:lr=F,mu=F,P=F' with factors "
                 "relative to the start, parts separated by ';'"
             ) from None
-        if min(changes[-1][1:]) <= 0 or changes[-1].first_round <= changes[-2].first_round:
+        in_order = changes[-2].first_round < changes[-1].first_round
+        if not in_order or not all(0 < factor < math.inf for factor in changes[-1][1:]):
             raise ValueError(
-                f"--schedule: factors must be positive and rounds increase from 1 on, got {part!r}"
+                "--schedule: factors must be positive and finite, and rounds increase from 1 on, "
+                f"got {part!r}"
             )
     return changes
 

@@ -29,12 +29,14 @@ def main() -> None:
     """Rebuilds, checks, evaluates and saves a model."""
     workdir = Path(FLAGS.workdir)
     values = read_flags(workdir)
+    experiment = config.build(values)
     with open_run(workdir, values) as run:
-        if run.notice:
-            print(f"note: {run.notice}", file=sys.stderr)
-        experiment = config.build(values)
-        done = run.log.last_round + 1 if FLAGS.round is None else FLAGS.round
-        state, same = recording.rebuild(run, experiment.simulator, done)
+        try:
+            done = run.log.last_round + 1 if FLAGS.round is None else FLAGS.round
+            state, same = recording.rebuild(run, experiment.simulator, done)
+        finally:
+            if run.notice:
+                print(f"note: {run.notice}", file=sys.stderr)
     metrics = experiment.simulator.evaluate(state.params)
     print(
         f"model after {done} rounds: " + ", ".join(f"test {k} {v:.4f}" for k, v in metrics.items())
@@ -52,7 +54,11 @@ def main() -> None:
         arrays: dict[str, Any] = {
             keys.path_name(path): np.asarray(leaf) for path, leaf in paths_and_leaves
         }
-        np.savez(FLAGS.out, **arrays)
+        try:
+            with open(FLAGS.out, "wb") as file:
+                np.savez(file, **arrays)
+        except OSError as error:
+            raise entry.UserError(f"--out={FLAGS.out} can't be written ({error})") from error
         print(f"saved {len(arrays)} arrays to {FLAGS.out}")
 
 

@@ -74,9 +74,11 @@ def _train(run: Run, values: config.Values, experiment: config.Experiment | None
 
     experiment = experiment or config.build(values)
     simulator = experiment.simulator
+    repaired = run.notice
     progress, notice = recording.restore(run, simulator)
-    if notice:
-        print(f"note: {notice}", file=sys.stderr)
+    for sentences in (run.notice if run.notice != repaired else None, notice):
+        if sentences:
+            print(f"note: {sentences}", file=sys.stderr)
     writer = _event_writer(run) if FLAGS.tensorboard else None
     done = int(progress.state.round)
     if done:
