@@ -1,0 +1,68 @@
+"""Writes the README's tables from the committed results.
+
+    python -m benchmarks.tables
+
+Text between `<!-- NAME -->` and `<!-- end NAME -->` is replaced.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments import theory
+from zofl_jax.plots import human_bytes
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FASHION = (
+    ("fashion_iid_k1", "IID, K=1, P=10"),
+    ("fashion_dirichlet_k1", "Dirichlet α=1, K=1, P=10"),
+    ("fashion_iid_k4", "IID, K=4, P=20"),
+    ("fashion_dirichlet_k4", "Dirichlet α=1, K=4, P=20"),
+)
+
+
+def main() -> None:
+    """Rewrites README.md."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    for name, content in [("results", fashion_table()), ("theory", theory_table())]:
+        opening, closing = f"<!-- {name} -->", f"<!-- end {name} -->"
+        try:
+            start, end = text.index(opening) + len(opening), text.index(closing)
+        except ValueError:
+            raise SystemExit(f"error: README.md lacks {opening} or {closing}") from None
+        text = f"{text[:start]}\n{content}{text[end:]}"
+    path.write_text(text)
+
+
+def fashion_table() -> str:
+    """Returns the accuracies and the bytes of the Fashion-MNIST runs as Markdown."""
+    lines = [
+        "| | round 100 | round 400 | last round | a client sent | and received | dense exchange |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, label in FASHION:
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        run = json.loads(path.read_text())
+        by_round = {row["round"]: row["test_accuracy"] for row in run["history"]}
+        last = run["history"][-1]
+        cells = [
+            *(f"{by_round[r]:.3f}" if r in by_round else "" for r in (100, 400)),
+            f"{last['test_accuracy']:.3f} ({last['round']})",
+            *(human_bytes(run[f"bytes_{kind}_per_client"]) for kind in ("up", "down", "fedavg")),
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def theory_table() -> str:
+    """Returns the table that `experiments.theory` wrote."""
+    results: dict[str, Any] = json.loads((RESULTS / "theory.json").read_text())
+    return theory.table(results["points"], results["slopes"])
+
+
+if __name__ == "__main__":
+    main()
