@@ -1,0 +1,31 @@
+"""What all tests share."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Most of the suite's time is compilation: a second run takes it from here.
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Computes in float64 for one test; the session stays in float32."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def quick_compile() -> Iterator[None]:
+    """Halves compilation by leaving out LLVM's optimisations, for tests with a tolerance.
+
+    Not for threefry4x32: unoptimised, XLA's fusion of it recomputes without end.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -1,0 +1,320 @@
+"""DeComFL as objects and messages: a slow NumPy reference in float64.
+
+Server and clients are objects that share nothing. All they learn of each other are the
+messages of `zofl_jax.ledger`, bytes that pass through a `Channel`, which counts them:
+
+    first_sync   down  the initial params, once in a client's life
+    catch_up     down  for each round the client missed: the seed and the broadcast
+    seed         down  the key of this round
+    upload       up    K·P scalars (and the client's number of examples, if means are weighted)
+    broadcast    down  the cohort's mean, K·P scalars
+
+A late client replays the missed rounds one by one. Losses have hand-written gradients, and
+optimisers follow PyTorch's definitions. Taken from the library, and tested apart: the
+direction that belongs to a seed, and the batches a client draws.
+
+Ref: Li et al., ICLR 2025 (arXiv 2405.15861), Algorithms 3 to 5.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+Tree = dict[str, np.ndarray]  # params, gradients and directions: float64 arrays by name
+Batch = dict[str, np.ndarray]
+
+COLUMNS = ("upload", "seed", "broadcast", "catch_up", "first_sync")
+
+
+# Losses: a value and its gradient.
+
+
+class Objective(NamedTuple):
+    value: Callable[[Tree, Batch], float]
+    gradient: Callable[[Tree, Batch], Tree]
+
+
+def softmax_regression() -> Objective:
+    """Mean cross-entropy of softmax(features @ kernel + bias)."""
+
+    def log_probabilities(x: Tree, batch: Batch) -> np.ndarray:
+        logits = batch["features"] @ x["kernel"] + x["bias"]
+        largest = logits.max(axis=1, keepdims=True)
+        return logits - largest - np.log(np.exp(logits - largest).sum(axis=1, keepdims=True))
+
+    def value(x: Tree, batch: Batch) -> float:
+        rows = np.arange(len(batch["label"]))
+        return -log_probabilities(x, batch)[rows, batch["label"]].mean()
+
+    def gradient(x: Tree, batch: Batch) -> Tree:
+        error = np.exp(log_probabilities(x, batch))
+        error[np.arange(len(batch["label"])), batch["label"]] -= 1
+        error /= len(batch["label"])
+        return {"kernel": batch["features"].T @ error, "bias": error.sum(axis=0)}
+
+    return Objective(value, gradient)
+
+
+def quadratic(matrix: np.ndarray) -> Objective:
+    """Mean of ½ (x − b)ᵀ A (x − b) over the centres b of a batch, for a symmetric A."""
+
+    def value(x: Tree, batch: Batch) -> float:
+        errors = [x["x"] - center for center in batch["center"]]
+        return float(np.mean([error @ matrix @ error / 2 for error in errors]))
+
+    def gradient(x: Tree, batch: Batch) -> Tree:
+        return {"x": np.mean([matrix @ (x["x"] - center) for center in batch["center"]], axis=0)}
+
+    return Objective(value, gradient)
+
+
+# Estimators: one scalar along one direction.
+
+ScalarFn = Callable[[Objective, Tree, Tree, Batch, float], float]
+
+
+def forward_difference(f: Objective, x: Tree, z: Tree, batch: Batch, mu: float) -> float:
+    return (f.value(_moved(x, z, mu), batch) - f.value(x, batch)) / mu
+
+
+def central_difference(f: Objective, x: Tree, z: Tree, batch: Batch, mu: float) -> float:
+    return (f.value(_moved(x, z, mu), batch) - f.value(_moved(x, z, -mu), batch)) / (2 * mu)
+
+
+def projection(f: Objective, x: Tree, z: Tree, batch: Batch, mu: float) -> float:
+    gradient = f.gradient(x, batch)
+    return sum(float(np.sum(gradient[name] * z[name])) for name in x)
+
+
+def _moved(x: Tree, z: Tree, distance: float) -> Tree:
+    return {name: x[name] + distance * z[name] for name in x}
+
+
+# Optimisers: objects that hold their own state; `step` is their count of updates.
+
+
+class Optimizer(Protocol):
+    def update(self, x: Tree, gradient: Tree) -> Tree: ...
+
+
+class SGD:
+    """g += wd·x;  buf = m·buf + g;  x −= lr·buf."""
+
+    def __init__(
+        self,
+        learning_rate: float | Callable[[int], float],
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ):
+        self.learning_rate, self.momentum, self.decay = learning_rate, momentum, weight_decay
+        self.step = 0
+        self.buffer: Tree = {}
+
+    def update(self, x: Tree, gradient: Tree) -> Tree:
+        rate = self.learning_rate
+        rate = rate(self.step) if callable(rate) else rate
+        updated = {}
+        for name in x:
+            g = gradient[name] + self.decay * x[name]
+            self.buffer[name] = self.momentum * self.buffer.get(name, np.zeros_like(g)) + g
+            updated[name] = x[name] - rate * self.buffer[name]
+        self.step += 1
+        return updated
+
+
+class Adam:
+    """x −= lr · m̂ / (√v̂ + ε), with bias-corrected moments (Kingma & Ba 2015)."""
+
+    def __init__(self, learning_rate: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
+        self.learning_rate, self.b1, self.b2, self.eps = learning_rate, b1, b2, eps
+        self.step = 0
+        self.first: Tree = {}
+        self.second: Tree = {}
+
+    def update(self, x: Tree, gradient: Tree) -> Tree:
+        self.step += 1
+        updated = {}
+        for name, g in gradient.items():
+            zeros = np.zeros_like(g)
+            self.first[name] = self.b1 * self.first.get(name, zeros) + (1 - self.b1) * g
+            self.second[name] = self.b2 * self.second.get(name, zeros) + (1 - self.b2) * g**2
+            mean = self.first[name] / (1 - self.b1**self.step)
+            spread = np.sqrt(self.second[name] / (1 - self.b2**self.step))
+            updated[name] = x[name] - self.learning_rate * mean / (spread + self.eps)
+        return updated
+
+
+# The protocol: what server and clients agree on before the first round.
+
+
+class Agreement(NamedTuple):
+    scalar: ScalarFn
+    smoothing: Callable[[int], float]  # μ of a round
+    local_steps: Callable[[int], int]  # K of a round
+    num_perturbations: Callable[[int], int]  # P of a round
+    optimizer: Callable[[], Optimizer]
+    direction: Callable[[bytes, int, int], Tree]  # (seed, local step, index) -> z
+    shapes: dict[str, tuple[int, ...]]  # of the params, in the order they are sent
+    dtype: np.dtype  # of numbers on the wire
+    weighted: bool = False
+
+
+class Channel:
+    """Carries messages and counts their bytes, by round and column."""
+
+    def __init__(self) -> None:
+        self.rounds: list[dict[str, int]] = []
+
+    def new_round(self) -> None:
+        self.rounds.append(dict.fromkeys(COLUMNS, 0))
+
+    def carry(self, column: str, message: bytes) -> bytes:
+        assert type(message) is bytes
+        self.rounds[-1][column] += len(message)
+        return message
+
+
+class Replica:
+    """The state that server and clients share: rebuilt from messages alone."""
+
+    def __init__(self, agreement: Agreement, params_message: bytes):
+        self.agreement = agreement
+        self.params = _unpack_params(agreement, params_message)
+        self.optimizer = agreement.optimizer()
+        self.round = 0
+
+    def apply_broadcast(self, seed: bytes, broadcast: bytes) -> None:
+        """Advances one round: K optimiser steps with the cohort's mean scalars."""
+        scalars = _unpack_scalars(self.agreement, self.round, broadcast)
+        for k, row in enumerate(scalars):
+            self.descend(seed, k, row)
+        self.round += 1
+
+    def descend(self, seed: bytes, k: int, scalars: np.ndarray) -> None:
+        """One optimiser step along (1/P) Σ_p scalars[p] z_p."""
+        direction = {name: np.zeros_like(x) for name, x in self.params.items()}
+        for p, scalar in enumerate(scalars):
+            z = self.agreement.direction(seed, k, p)
+            for name in direction:
+                direction[name] += scalar * z[name] / len(scalars)
+        self.params = self.optimizer.update(self.params, direction)
+
+    def copy(self) -> "Replica":
+        other = Replica.__new__(Replica)
+        other.agreement, other.round = self.agreement, self.round
+        other.params = {name: x.copy() for name, x in self.params.items()}
+        other.optimizer = type(self.optimizer).__new__(type(self.optimizer))
+        for name, value in vars(self.optimizer).items():
+            setattr(other.optimizer, name, dict(value) if isinstance(value, dict) else value)
+        return other
+
+
+class Client:
+    """Knows its own data, the agreement, and the messages it received."""
+
+    def __init__(
+        self,
+        agreement: Agreement,
+        objective: Objective,
+        draw_batches: Callable[[int], Sequence[Batch]],
+        num_examples: int,
+    ):
+        self.agreement = agreement
+        self.objective = objective
+        self.draw_batches = draw_batches
+        self.num_examples = num_examples
+        self.replica: Replica | None = None
+        self.seed = b""
+
+    def receive_params(self, message: bytes) -> None:
+        self.replica = Replica(self.agreement, message)
+
+    def receive_missed_round(self, seed: bytes, broadcast: bytes) -> None:
+        self.replica.apply_broadcast(seed, broadcast)
+
+    def receive_seed(self, seed: bytes) -> None:
+        self.seed = seed
+
+    def make_upload(self) -> bytes:
+        """Runs K local steps on a copy of the model and forgets the copy."""
+        local, r = self.replica.copy(), self.replica.round
+        steps, directions = self.agreement.local_steps(r), self.agreement.num_perturbations(r)
+        mu = self.agreement.smoothing(r)
+        batches = self.draw_batches(r)
+        scalars = np.zeros((steps, directions))
+        for k in range(steps):
+            for p in range(directions):
+                z = self.agreement.direction(self.seed, k, p)
+                scalars[k, p] = self.agreement.scalar(
+                    self.objective, local.params, z, batches[k], mu
+                )
+            local.descend(self.seed, k, scalars[k])
+        message = scalars.astype(self.agreement.dtype).tobytes()
+        return message + struct.pack("<I", self.num_examples) * self.agreement.weighted
+
+    def receive_broadcast(self, message: bytes) -> None:
+        self.replica.apply_broadcast(self.seed, message)
+
+
+class Server:
+    """Keeps the initial params, the log of (seed, broadcast), and who was last in which round."""
+
+    def __init__(self, agreement: Agreement, params: Tree):
+        self.agreement = agreement
+        self.initial = b"".join(
+            np.asarray(params[name], agreement.dtype).tobytes() for name in agreement.shapes
+        )
+        self.replica = Replica(agreement, self.initial)
+        self.log: list[tuple[bytes, bytes]] = []
+        self.last_round: dict[int, int] = {}
+
+    def run_round(
+        self, cohort: Sequence[int], clients: Sequence[Client], seed: bytes, channel: Channel
+    ) -> None:
+        channel.new_round()
+        now = len(self.log)
+        uploads = []
+        for i in cohort:
+            self.bring_up_to_date(i, clients[i], channel)
+            clients[i].receive_seed(channel.carry("seed", seed))
+            uploads.append(channel.carry("upload", clients[i].make_upload()))
+        broadcast = self.average(uploads)
+        for i in cohort:
+            clients[i].receive_broadcast(channel.carry("broadcast", broadcast))
+            self.last_round[i] = now
+        self.log.append((seed, broadcast))
+        self.replica.apply_broadcast(seed, broadcast)
+
+    def bring_up_to_date(self, i: int, client: Client, channel: Channel) -> None:
+        if i not in self.last_round:
+            client.receive_params(channel.carry("first_sync", self.initial))
+        for seed, broadcast in self.log[self.last_round.get(i, -1) + 1 :]:
+            message = channel.carry("catch_up", seed + broadcast)
+            client.receive_missed_round(message[: len(seed)], message[len(seed) :])
+
+    def average(self, uploads: Sequence[bytes]) -> bytes:
+        total, weight_sum = 0.0, 0.0
+        for upload in uploads:
+            weight = 1.0
+            if self.agreement.weighted:
+                upload, weight = upload[:-4], struct.unpack("<I", upload[-4:])[0]
+            total = total + weight * _unpack_scalars(self.agreement, self.replica.round, upload)
+            weight_sum += weight
+        return (total / weight_sum).astype(self.agreement.dtype).tobytes()
+
+
+def _unpack_params(agreement: Agreement, message: bytes) -> Tree:
+    numbers = np.frombuffer(message, agreement.dtype).astype(np.float64)
+    sizes = [int(np.prod(shape)) for shape in agreement.shapes.values()]
+    pieces = np.split(numbers, np.cumsum(sizes)[:-1])
+    return {
+        name: piece.reshape(shape)
+        for (name, shape), piece in zip(agreement.shapes.items(), pieces, strict=True)
+    }
+
+
+def _unpack_scalars(agreement: Agreement, round_index: int, message: bytes) -> np.ndarray:
+    shape = agreement.local_steps(round_index), agreement.num_perturbations(round_index)
+    return np.frombuffer(message, agreement.dtype).astype(np.float64).reshape(shape)

@@ -1,0 +1,265 @@
+"""The estimators: unbiased for the gradient, exact where they should be, no evaluation wasted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from zofl_jax import estimators, keys, perturbations
+
+PERTURBATIONS = {
+    "gaussian": perturbations.gaussian(),
+    "rademacher": perturbations.rademacher(),
+    "sphere": perturbations.sphere(),
+}
+MU = 1e-3
+ESTIMATORS = {
+    "forward_difference": functools.partial(estimators.forward_difference, smoothing=MU),
+    "central_difference": functools.partial(estimators.central_difference, smoothing=MU),
+    "projection": estimators.projection,
+    "forward_gradient": estimators.forward_gradient,
+}
+DIFFERENCES = {
+    "forward_difference": estimators.forward_difference,
+    "central_difference": estimators.central_difference,
+}
+SAMPLES = 20_000
+KEY = keys.round_key(keys.root(5).shared, 0)
+
+PARAMS = {"w": jnp.array([0.5, -1.0, 0.2, 1.5]), "b": jnp.array(0.3)}
+DIM = 5
+
+
+def flat(tree) -> np.ndarray:
+    """Returns the leaves b [...] and w [..., 4] side by side, [..., 5]."""
+    return np.concatenate([np.asarray(tree["b"])[..., None], np.asarray(tree["w"])], axis=-1)
+
+
+def logistic_data() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {
+        "features": random.normal(size=(16, 4)).astype(np.float32),
+        "sign": random.choice([-1.0, 1.0], 16).astype(np.float32),
+    }
+
+
+def logistic(x, batch):
+    """Mean of log(1 + exp(−y (a·w + b)))."""
+    return jnp.mean(jax.nn.softplus(-batch["sign"] * (batch["features"] @ x["w"] + x["b"])))
+
+
+def logistic_gradient(batch) -> np.ndarray:
+    """Its gradient at PARAMS, written out, [5]."""
+    inputs = np.concatenate([np.ones((16, 1)), batch["features"]], axis=1).astype(np.float64)
+    margins = batch["sign"] * (inputs @ flat(PARAMS))
+    return -np.mean((batch["sign"] / (1 + np.exp(margins)))[:, None] * inputs, axis=0)
+
+
+def logistic_smoothness(batch) -> float:
+    """L: its curvature is at most λ_max of the mean of a aᵀ / 4."""
+    inputs = np.concatenate([np.ones((16, 1)), batch["features"]], axis=1).astype(np.float64)
+    return float(np.linalg.eigvalsh(inputs.T @ inputs / 16 / 4).max())
+
+
+def gradient_estimates(estimator, loss_fn, params, batch):
+    """Returns 20,000 independent estimates of the gradient, a tree of [n, ...]."""
+
+    def estimate(key):
+        scalars = estimator.measure(loss_fn, key, 0, params, batch).scalars
+        return estimator.expand(key, params, scalars)
+
+    return jax.jit(jax.vmap(estimate))(keys.direction_keys(KEY, SAMPLES))
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_mean_estimate_is_the_gradient(name, perturbation):
+    """Within 5 standard errors a coordinate, and for differences the bias of smoothing.
+
+    |∇f_μ − ∇f| <= μ L E|z|³ / 2, with E|z|³ <= (d + 3)^{3/2}: Nesterov & Spokoiny 2017, Lemma 3.
+    """
+    batch = logistic_data()
+    estimator = ESTIMATORS[name](4, perturbation=PERTURBATIONS[perturbation])
+    estimates = flat(gradient_estimates(estimator, logistic, PARAMS, batch)).astype(np.float64)
+    gradient = logistic_gradient(batch)
+    bias = MU * logistic_smoothness(batch) * (DIM + 3) ** 1.5 / 2 if name in DIFFERENCES else 0
+    standard_error = estimates.std(0) / SAMPLES**0.5
+    assert np.all(np.abs(estimates.mean(0) - gradient) <= 5 * standard_error + bias)
+    # So a factor of 1.1 on a scalar or a direction would be noticed.
+    assert np.linalg.norm(5 * standard_error + bias) < 0.1 * np.linalg.norm(gradient)
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "fourth_moment"),
+    [("gaussian", 3), ("rademacher", 1), ("sphere", 3 * DIM / (DIM + 2))],
+)
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_the_bias_of_differences_is_that_of_the_smoothed_loss(name, perturbation, fourth_moment):
+    """For f = Σ x_i³ and a large μ the mean is 3 x_i² + μ² E z_i⁴: known, and not small."""
+    mu = 0.5
+    estimator = DIFFERENCES[name](4, mu, PERTURBATIONS[perturbation])
+
+    def cubic(x, batch):
+        return jnp.sum(x["w"] ** 3) + x["b"] ** 3
+
+    estimates = flat(gradient_estimates(estimator, cubic, PARAMS, ())).astype(np.float64)
+    expected = 3 * flat(PARAMS) ** 2 + mu**2 * fourth_moment
+    standard_error = estimates.std(0) / SAMPLES**0.5
+    assert np.all(np.abs(estimates.mean(0) - expected) <= 5 * standard_error)
+    # The smallest bias, 1/4, stands out of the noise over all coordinates together.
+    excess = np.sum(estimates - 3 * flat(PARAMS) ** 2, axis=1)
+    assert excess.mean() > 5 * excess.std() / SAMPLES**0.5
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_scalars_follow_their_formula(x64, name):
+    """In float64, direction by direction; and what is reported as the loss."""
+    mu = 0.1
+    batch = logistic_data()
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), PARAMS)
+    make = DIFFERENCES.get(name)
+    estimator = make(3, mu) if make else ESTIMATORS[name](3)
+    estimate = estimator.measure(logistic, KEY, 0, params, batch)
+    gradient = logistic_gradient(batch)
+    base = float(logistic(params, batch))
+    evaluations, expected = [], []
+    for key in keys.direction_keys(KEY, 3):
+        z = perturbations.gaussian().sample(key, params)
+        plus, minus = (
+            float(logistic(jax.tree.map(lambda x, z: x + s * mu * z, params, z), batch))  # noqa: B023
+            for s in (1, -1)
+        )
+        evaluations += [plus, minus]
+        expected.append(
+            {
+                "forward_difference": (plus - base) / mu,
+                "central_difference": (plus - minus) / (2 * mu),
+                "projection": gradient @ flat(z),
+                "forward_gradient": gradient @ flat(z),
+            }[name]
+        )
+    np.testing.assert_allclose(estimate.scalars, expected, rtol=1e-12)
+    loss = np.mean(evaluations) if name == "central_difference" else base
+    np.testing.assert_allclose(estimate.loss, loss, rtol=1e-14)
+
+
+def test_central_differences_are_exact_for_quadratics(x64):
+    """At any μ, where forward differences are off by μ zᵀ A z / 2."""
+    curvature = jnp.arange(1.0, 6.0)
+    x = jnp.linspace(-1.0, 1.0, 5)
+
+    def quadratic(x, batch):
+        return jnp.sum(curvature * x**2) / 2
+
+    mu = 2.0
+    z = perturbations.gaussian().sample(keys.direction_keys(KEY, 1)[0], x)
+    slope, bend = jnp.sum(curvature * x * z), jnp.sum(curvature * z**2)
+    central = estimators.central_difference(1, mu).measure(quadratic, KEY, 0, x, ())
+    forward = estimators.forward_difference(1, mu).measure(quadratic, KEY, 0, x, ())
+    np.testing.assert_allclose(central.scalars, [slope], rtol=1e-13)
+    np.testing.assert_allclose(forward.scalars, [slope + mu * bend / 2], rtol=1e-13)
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+def test_expand_averages_the_directions(perturbation):
+    """(1/P) Σ_p g_p z_p, with the same directions that were measured."""
+    chosen = PERTURBATIONS[perturbation]
+    estimator = estimators.projection(3, chosen)
+    scalars = jnp.array([1.0, -2.0, 0.5])
+    total = sum(
+        float(g) * flat(chosen.sample(key, PARAMS))
+        for g, key in zip(scalars, keys.direction_keys(KEY, 3), strict=True)
+    )
+    np.testing.assert_allclose(
+        flat(estimator.expand(KEY, PARAMS, scalars)), total / 3, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_smoothing_follows_its_schedule():
+    """μ = 1 in rounds 0 and 1, then 1/2: seen in the error μ zᵀ z / 2 of a forward difference."""
+    smoothing = optax.piecewise_constant_schedule(1.0, {2: 0.5})
+    estimator = estimators.forward_difference(1, smoothing)
+
+    def square(x, batch):
+        return jnp.sum(x**2) / 2
+
+    x = jnp.zeros(3)
+    z = perturbations.gaussian().sample(keys.direction_keys(KEY, 1)[0], x)
+    measure = jax.jit(lambda r: estimator.measure(square, KEY, r, x, ()).scalars[0])
+    measured = [float(measure(r)) for r in range(4)]
+    expected = float(jnp.sum(z**2)) / 2 * np.array([1, 1, 0.5, 0.5])
+    np.testing.assert_allclose(measured, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_perturbations", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "evaluations"),
+    [
+        ("forward_difference", lambda p: p + 1),  # the base loss once
+        ("central_difference", lambda p: 2 * p),
+        ("projection", lambda p: 1),
+        ("forward_gradient", lambda p: p),
+    ],
+)
+def test_no_evaluation_is_wasted(name, evaluations, num_perturbations):
+    """Counts the losses that compiled code evaluates."""
+    count = []
+
+    def counted(x, batch):
+        jax.debug.callback(lambda: count.append(1))
+        return logistic(x, batch)
+
+    estimator = ESTIMATORS[name](num_perturbations)
+    measure = jax.jit(lambda x, batch: estimator.measure(counted, KEY, 0, x, batch))
+    jax.block_until_ready(measure(PARAMS, logistic_data()))
+    jax.effects_barrier()
+    assert len(count) == evaluations(num_perturbations)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_losses_in_half_precision_are_subtracted_in_float32(name):
+    def half(x, batch):
+        return logistic(x, batch).astype(jnp.bfloat16)
+
+    estimate = ESTIMATORS[name](2).measure(half, KEY, 0, PARAMS, logistic_data())
+    assert estimate.scalars.dtype == estimate.loss.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_params_in_half_precision_are_measured_and_expanded(name, perturbation):
+    """Directions for bfloat16 params are bfloat16; scalars stay float32 and about right."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    make = DIFFERENCES.get(name)
+    chosen = PERTURBATIONS[perturbation]
+    estimator = make(2, 0.1, chosen) if make else ESTIMATORS[name](2, perturbation=chosen)
+    scalars = estimator.measure(logistic, KEY, 0, params, logistic_data()).scalars
+    assert scalars.dtype == jnp.float32
+    exact = estimators.projection(2, chosen).measure(logistic, KEY, 0, PARAMS, logistic_data())
+    np.testing.assert_allclose(scalars, exact.scalars, atol=0.25)
+    direction = estimator.expand(KEY, params, scalars)
+    assert {leaf.dtype for leaf in jax.tree.leaves(direction)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_no_perturbations_are_refused(name):
+    with pytest.raises(ValueError, match="num_perturbations must be >= 1, got 0"):
+        ESTIMATORS[name](0)
+
+
+@pytest.mark.parametrize("mu", [0.0, -1e-3, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_smoothing_out_of_range_is_refused(name, mu):
+    with pytest.raises(ValueError, match=f"smoothing must be positive and finite, got {mu}"):
+        DIFFERENCES[name](1, mu)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_loss_for_each_example_is_refused(name):
+    with pytest.raises(ValueError, match=r"the loss must be one number.*got shape \(16,\)"):
+        ESTIMATORS[name](1).measure(
+            lambda x, batch: batch["features"] @ x["w"], KEY, 0, PARAMS, logistic_data()
+        )

@@ -1,0 +1,387 @@
+"""The compiled rounds against the NumPy reference of `oracle.py`: numbers and bytes."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import oracle
+import pytest
+from tiny_tasks import BATCH_SIZE, softmax_task
+
+from zofl_jax import estimators, keys, ledger, perturbations, simulation
+from zofl_jax.algorithms import decomfl
+from zofl_jax.core import Phase, Task
+from zofl_jax.data import batches as data_batches
+from zofl_jax.tasks.quadratic import decay_rate, quadratic
+
+ROUNDS = 20
+COHORT = 3  # of 6 clients, so that some stay away for several rounds
+MU = 1e-3
+RATE, MOMENTUM, DECAY = 0.05, 0.9, 0.01
+
+GAUSSIAN, RADEMACHER = perturbations.gaussian(), perturbations.rademacher()
+SPHERE = perturbations.sphere()
+
+ESTIMATORS = {
+    "forward_difference": (
+        functools.partial(estimators.forward_difference, smoothing=MU),
+        oracle.forward_difference,
+    ),
+    "central_difference": (
+        functools.partial(estimators.central_difference, smoothing=MU),
+        oracle.central_difference,
+    ),
+    "projection": (estimators.projection, oracle.projection),
+    "forward_gradient": (estimators.forward_gradient, oracle.projection),
+}
+
+
+def sgd(rate: float | optax.Schedule = RATE) -> optax.GradientTransformation:
+    return optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(rate, MOMENTUM))
+
+
+def oracle_sgd(rate: float | Callable[[int], float] = RATE) -> Callable[[], oracle.SGD]:
+    return lambda: oracle.SGD(rate, MOMENTUM, DECAY)
+
+
+def make_softmax_simulator(
+    estimator: estimators.Estimator,
+    optimizer: optax.GradientTransformation,
+    local_steps: int,
+    dtype: type = np.float64,
+    **options: Any,
+) -> simulation.Simulator:
+    task = softmax_task(dtype)
+    algorithm = decomfl(task.loss, estimator, optimizer, local_steps=local_steps)
+    return simulation.make_simulator(
+        algorithm, task, clients_per_round=COHORT, batch_size=BATCH_SIZE, **options
+    )
+
+
+class Run(NamedTuple):
+    """What a run left behind, of the library or of the oracle."""
+
+    broadcasts: list[np.ndarray]  # [K, P] a round
+    params: dict[int, oracle.Tree]  # by the number of rounds done
+    bytes: list[dict[str, int]]  # of each round, by column
+
+
+class Schedule(NamedTuple):
+    """What both sides are told beside the seeds."""
+
+    cohorts: np.ndarray  # [R, M]
+    seeds: np.ndarray  # uint32 [R, words]
+
+
+def run_library(
+    simulator: simulation.Simulator,
+) -> tuple[Run, Schedule, ledger.Ledger]:
+    traces, columns, params = [], [], {}
+
+    def on_rounds(trace, counted, progress):
+        traces.append(trace)
+        columns.extend({name: getattr(b, name) for name in oracle.COLUMNS} for b in counted)
+        done = trace.first_round + len(trace.losses)
+        params[done] = jax.tree.map(np.array, progress.state.params)
+
+    progress = simulation.run(simulator, rounds=ROUNDS, eval_every=7, on_rounds=on_rounds)
+    assert set(params) >= {7, 14, ROUNDS}
+    schedule = Schedule(
+        np.concatenate([t.cohorts for t in traces]), np.concatenate([t.seeds for t in traces])
+    )
+    broadcasts = [b for t in traces for b in t.broadcasts]
+    return Run(broadcasts, params, columns), schedule, progress.ledger
+
+
+def run_oracle(
+    task: Task,
+    root: keys.RootKeys,
+    agreement: oracle.Agreement,
+    objective: oracle.Objective,
+    schedule: Schedule,
+) -> tuple[Run, oracle.Server, list[oracle.Client]]:
+    def draw_batches(client: int, r: int) -> Sequence[oracle.Batch]:
+        steps = agreement.local_steps(r)
+        drawn = draw_client_batches(root.batches, task.train, r, client, steps)
+        return [jax.tree.map(lambda x: np.asarray(x)[k], drawn) for k in range(steps)]  # noqa: B023
+
+    clients = [
+        oracle.Client(agreement, objective, functools.partial(draw_batches, i), size)
+        for i, size in enumerate(np.diff(np.asarray(task.train.offsets)).tolist())
+    ]
+    channel = oracle.Channel()
+    server = oracle.Server(agreement, jax.tree.map(np.asarray, task.init(root.init)))
+    params = {}
+    for r, (cohort, seed) in enumerate(zip(schedule.cohorts.tolist(), schedule.seeds, strict=True)):
+        server.run_round(cohort, clients, seed.tobytes(), channel)
+        params[r + 1] = server.replica.params
+        for i in cohort:
+            assert_same_tree(clients[i].replica.params, server.replica.params)
+    broadcasts = [
+        np.frombuffer(message, agreement.dtype).reshape(agreement.local_steps(r), -1)
+        for r, (_, message) in enumerate(server.log)
+    ]
+    return Run(broadcasts, params, channel.rounds), server, clients
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def draw_client_batches(batches, train, r, client, steps):
+    key = keys.batch_key(batches, r, client)
+    return data_batches.sample(key, train, client, BATCH_SIZE, steps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
+def draw_direction(perturbation, impl, words, k, p, like):
+    key = keys.step_key(jax.random.wrap_key_data(words, impl=impl), k)
+    return perturbation.sample(keys.direction_keys(key, p + 1)[p], like)
+
+
+def agree(
+    simulator: simulation.Simulator,
+    scalar: oracle.ScalarFn,
+    optimizer: Callable[[], oracle.Optimizer],
+    *,
+    num_perturbations: int | Callable[[int], int],
+    local_steps: int,
+    smoothing: Callable[[int], float] = lambda r: MU,
+    perturbation: perturbations.Perturbation = GAUSSIAN,
+    weighted: bool = False,
+) -> oracle.Agreement:
+    like = simulator.task.init(simulator.root.init)
+    impl = str(jax.random.key_impl(simulator.root.shared))
+
+    @functools.cache
+    def direction(seed: bytes, k: int, p: int) -> oracle.Tree:
+        z = draw_direction(perturbation, impl, np.frombuffer(seed, np.uint32), k, p, like)
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), z)
+
+    return oracle.Agreement(
+        scalar=scalar,
+        smoothing=smoothing,
+        local_steps=lambda r: local_steps,
+        num_perturbations=(
+            num_perturbations if callable(num_perturbations) else lambda r: num_perturbations
+        ),
+        optimizer=optimizer,
+        direction=direction,
+        shapes={name: x.shape for name, x in like.items()},
+        dtype=jax.tree.leaves(like)[0].dtype,
+        weighted=weighted,
+    )
+
+
+def assert_same_tree(actual: oracle.Tree, expected: oracle.Tree) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name])
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    """Compares arrays relative to their largest entry."""
+    difference = np.max(np.abs(np.asarray(actual, np.float64) - expected))
+    assert difference <= tolerance * np.max(np.abs(expected)), difference
+
+
+def assert_agreement(
+    simulator: simulation.Simulator, agreement: oracle.Agreement, objective: oracle.Objective
+) -> None:
+    """Runs both sides: numbers to 1e-9 and bytes exactly; then everyone catches up."""
+    library, schedule, book = run_library(simulator)
+    reference, server, clients = run_oracle(
+        simulator.task, simulator.root, agreement, objective, schedule
+    )
+    assert len(library.broadcasts) == len(reference.broadcasts) == ROUNDS
+    for actual, expected in zip(library.broadcasts, reference.broadcasts, strict=True):
+        assert actual.dtype == np.float64
+        assert actual.shape == expected.shape
+        assert_close(actual, expected)
+    for done, params in library.params.items():
+        for name, expected in reference.params[done].items():
+            assert_close(params[name], expected)
+    assert_bytes_agree(library, reference, book)
+    assert_everyone_catches_up(server, clients)
+
+
+def assert_bytes_agree(library: Run, reference: Run, book: ledger.Ledger) -> None:
+    assert library.bytes == reference.bytes
+    for name in oracle.COLUMNS:
+        assert getattr(book.totals, name) == sum(sent[name] for sent in reference.bytes)
+    assert book.totals.up == sum(sent["upload"] for sent in reference.bytes)
+    assert book.totals.up + book.totals.down == sum(sum(s.values()) for s in reference.bytes)
+
+
+def assert_everyone_catches_up(server: oracle.Server, clients: Sequence[oracle.Client]) -> None:
+    """Sends the late clients what they missed: their models become the server's."""
+    late = [i for i in range(len(clients)) if server.last_round.get(i) != ROUNDS - 1]
+    assert late
+    channel = oracle.Channel()
+    channel.new_round()
+    for i in late:
+        server.bring_up_to_date(i, clients[i], channel)
+    assert channel.rounds[0]["catch_up"] > 0
+    for client in clients:
+        assert client.replica.round == ROUNDS
+        assert_same_tree(client.replica.params, server.replica.params)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("num_perturbations", [1, 4])
+@pytest.mark.parametrize("local_steps", [1, 3])
+def test_rounds_agree_in_float64(x64, quick_compile, name, num_perturbations, local_steps):
+    make_estimator, scalar = ESTIMATORS[name]
+    simulator = make_softmax_simulator(make_estimator(num_perturbations), sgd(), local_steps)
+    agreement = agree(
+        simulator,
+        scalar,
+        oracle_sgd(),
+        num_perturbations=num_perturbations,
+        local_steps=local_steps,
+    )
+    assert_agreement(simulator, agreement, oracle.softmax_regression())
+
+
+def test_adam_agrees(x64, quick_compile):
+    estimator = estimators.central_difference(4, MU)
+    simulator = make_softmax_simulator(estimator, optax.adam(RATE), local_steps=3)
+    agreement = agree(
+        simulator,
+        oracle.central_difference,
+        lambda: oracle.Adam(RATE),
+        num_perturbations=4,
+        local_steps=3,
+    )
+    assert_agreement(simulator, agreement, oracle.softmax_regression())
+
+
+def test_means_weighted_by_examples_agree(x64, quick_compile):
+    estimator = estimators.forward_difference(4, MU, RADEMACHER)
+    simulator = make_softmax_simulator(estimator, sgd(), local_steps=3, weighting="examples")
+    agreement = agree(
+        simulator,
+        oracle.forward_difference,
+        oracle_sgd(),
+        num_perturbations=4,
+        local_steps=3,
+        perturbation=RADEMACHER,
+        weighted=True,
+    )
+    assert_agreement(simulator, agreement, oracle.softmax_regression())
+
+
+def test_schedules_of_rate_smoothing_and_perturbations_agree(x64, quick_compile):
+    """After 10 rounds P doubles, and μ and the learning rate shrink."""
+    local_steps = 2
+    rate = optax.piecewise_constant_schedule(RATE, {10 * local_steps: 0.5})
+    smoothing = optax.piecewise_constant_schedule(1e-2, {10: 0.1})
+    task = softmax_task(np.float64)
+    phases = [
+        Phase(
+            first_round,
+            decomfl(
+                task.loss,
+                estimators.forward_difference(num_perturbations, smoothing, SPHERE),
+                sgd(rate),
+                local_steps=local_steps,
+            ),
+        )
+        for first_round, num_perturbations in [(0, 2), (10, 4)]
+    ]
+    simulator = simulation.make_simulator(
+        phases, task, clients_per_round=COHORT, batch_size=BATCH_SIZE
+    )
+    agreement = agree(
+        simulator,
+        oracle.forward_difference,
+        oracle_sgd(lambda step: RATE if step < 10 * local_steps else RATE / 2),
+        num_perturbations=lambda r: 2 if r < 10 else 4,
+        local_steps=local_steps,
+        smoothing=lambda r: 1e-2 if r < 10 else 1e-3,
+        perturbation=SPHERE,
+    )
+    assert_agreement(simulator, agreement, oracle.softmax_regression())
+
+
+def test_generator_with_longer_seeds_agrees(x64):
+    """threefry4x32 has seeds of 16 bytes, threefry2x32 of 8."""
+    estimator = estimators.forward_difference(2, MU, RADEMACHER)
+    simulator = make_softmax_simulator(estimator, sgd(), 1, prng_impl="threefry4x32")
+    assert simulator.sizes[0].seed == 16
+    agreement = agree(
+        simulator,
+        oracle.forward_difference,
+        oracle_sgd(),
+        num_perturbations=2,
+        local_steps=1,
+        perturbation=RADEMACHER,
+    )
+    assert_agreement(simulator, agreement, oracle.softmax_regression())
+
+
+def test_quadratic_agrees(x64, quick_compile):
+    """The task's loss against ½ (x − b)ᵀ A (x − b) with the matrix written out."""
+    dim, effective_rank = 6, 3.0
+    task = quadratic(
+        jax.random.key(1),
+        dim=dim,
+        effective_rank=effective_rank,
+        num_clients=6,
+        examples_per_client=5,
+        noise=0.1,
+    ).task
+    algorithm = decomfl(task.loss, estimators.central_difference(2, MU), sgd(), local_steps=2)
+    simulator = simulation.make_simulator(
+        algorithm, task, clients_per_round=COHORT, batch_size=BATCH_SIZE
+    )
+    agreement = agree(
+        simulator,
+        oracle.central_difference,
+        oracle_sgd(),
+        num_perturbations=2,
+        local_steps=2,
+    )
+    reflection = np.eye(dim) - 2 / dim
+    spectrum = np.exp(-decay_rate(dim, effective_rank) * np.arange(dim))
+    matrix = reflection @ np.diag(spectrum) @ reflection
+    assert_agreement(simulator, agreement, oracle.quadratic(matrix))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_float32_stays_within_the_rounding_of_the_difference_quotient(quick_compile, name):
+    """In every round |ḡ32 − ḡ64| <= 2 ε|f|/μ for differences, and 8 ε|ḡ| for derivatives.
+
+    Directions and messages are float32 on both sides; the reference computes in float64.
+    """
+    make_estimator, scalar = ESTIMATORS[name]
+    simulator = make_softmax_simulator(make_estimator(4), sgd(), 3, dtype=np.float32)
+    agreement = agree(simulator, scalar, oracle_sgd(), num_perturbations=4, local_steps=3)
+    library, schedule, book = run_library(simulator)
+    softmax = oracle.softmax_regression()
+    losses = []
+
+    def value(x: oracle.Tree, batch: oracle.Batch) -> float:
+        losses.append(softmax.value(x, batch))
+        return losses[-1]
+
+    objective = oracle.Objective(value, softmax.gradient)
+    reference, server, clients = run_oracle(
+        simulator.task, simulator.root, agreement, objective, schedule
+    )
+    epsilon = float(np.finfo(np.float32).eps)
+    errors = []
+    for actual, expected in zip(library.broadcasts, reference.broadcasts, strict=True):
+        assert actual.dtype == np.float32
+        error, largest = np.abs(actual - expected).max(), np.abs(expected).max()
+        bound = 2 * epsilon * max(losses) / MU if losses else 8 * epsilon * largest
+        assert bound < largest / 100, "a bound that says nothing"
+        assert error <= bound
+        errors.append(error)
+    assert bool(losses) == ("difference" in name)
+    # Step by step the errors of the scalars move the params by lr/(1 − m) · |z| each at most.
+    reach = ROUNDS * 3 * RATE / (1 - MOMENTUM) * 4 * max(errors)
+    for name, expected in reference.params[ROUNDS].items():
+        assert np.abs(library.params[ROUNDS][name] - expected).max() <= reach
+    assert_bytes_agree(library, reference, book)
+    assert_everyone_catches_up(server, clients)
