@@ -16,5 +16,10 @@ def mean(uploads: Upload, weights: Array) -> Broadcast:
     >>> mean(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0])).item()
     2.0
     """
-    shares = weights / jnp.sum(weights)
-    return jax.tree.map(lambda u: jnp.tensordot(shares.astype(u.dtype), u, axes=1), uploads)
+
+    def leaf(u: Array) -> Array:
+        wide = jnp.promote_types(u.dtype, jnp.float32)
+        shares = weights.astype(wide) / jnp.sum(weights.astype(wide))
+        return jnp.tensordot(shares, u.astype(wide), axes=1).astype(u.dtype)
+
+    return jax.tree.map(leaf, uploads)
