@@ -13,7 +13,7 @@ test: $(VENV)/.test-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist loadfile
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "zofl_jax needs Python 3.11 or newer, %s is %d.%d: try make PYTHON=python3.12 ..." % (sys.executable, *v[:2]))'

@@ -100,8 +100,10 @@ def test_params_are_never_copied_for_each_client_at_the_first_step(make, clients
     assert (7, 5, 3) in shapes(2)
 
 
-@pytest.mark.parametrize("clients_at_once", [1, 3])
-@pytest.mark.parametrize("name", ["forward_difference", "projection", "forward_gradient"])
+@pytest.mark.parametrize(
+    ("name", "clients_at_once"),
+    [("forward_difference", 1), ("projection", 3), ("forward_gradient", 3)],
+)
 def test_how_many_clients_are_evaluated_at_once_changes_nothing(
     quick_compile, name, clients_at_once
 ):
@@ -116,8 +118,9 @@ def test_how_many_clients_are_evaluated_at_once_changes_nothing(
         state = algorithm.init(task.init(KEY))
         return run_clients(algorithm, state, client_batches(7, 2)).upload
 
-    assert uploads(clients_at_once).shape == (7, 2, 2)
-    np.testing.assert_allclose(uploads(clients_at_once), uploads(None), atol=1e-4)
+    grouped = uploads(clients_at_once)
+    assert grouped.shape == (7, 2, 2)
+    np.testing.assert_allclose(grouped, uploads(None), atol=1e-4)
 
 
 def test_clients_in_groups_of_none_are_refused():
@@ -170,16 +173,17 @@ def test_a_client_reports_its_mean_loss_and_keeps_nothing(quick_compile, local_s
 
 
 @pytest.mark.parametrize("name", ["gaussian", "rademacher", "sphere"])
-def test_params_of_bfloat16_keep_their_type(quick_compile, name):
+def test_params_of_bfloat16_keep_their_type(name):
+    """Through local steps and the server's; what is sent stays float32."""
     task = softmax_task()
     estimator = estimators.forward_difference(2, 0.1, getattr(perturbations, name)())
-    algorithm = decomfl(task.loss, estimator, optax.sgd(0.1), local_steps=2)
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), task.init(KEY))
-    state = algorithm.init(params)
-    upload = run_clients(algorithm, state, client_batches(1, 2)).upload
+    algorithm = decomfl(task.loss, estimator, optax.sgd(0.1, 0.9), local_steps=2)
+    state = algorithm.init(jax.tree.map(lambda x: x.astype(jnp.bfloat16), task.init(KEY)))
+    batches = jax.tree.map(lambda x: x[0], client_batches(1, 2))
+    upload = jax.eval_shape(algorithm.client, KEY, state, (), batches).upload
     assert upload.dtype == jnp.float32
-    after = jax.jit(algorithm.server)(KEY, state, upload[0]).params
-    assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(jnp.bfloat16)}
+    after = jax.eval_shape(algorithm.server, KEY, state, upload)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_another_mean_may_be_chosen():

@@ -282,7 +282,7 @@ def test_schedules_of_rate_smoothing_and_perturbations_agree(x64, quick_compile)
             first_round,
             decomfl(
                 task.loss,
-                estimators.forward_difference(num_perturbations, smoothing, SPHERE),
+                estimators.forward_difference(num_perturbations, smoothing, RADEMACHER),
                 sgd(rate),
                 local_steps=local_steps,
             ),
@@ -299,7 +299,7 @@ def test_schedules_of_rate_smoothing_and_perturbations_agree(x64, quick_compile)
         num_perturbations=lambda r: 2 if r < 10 else 4,
         local_steps=local_steps,
         smoothing=lambda r: 1e-2 if r < 10 else 1e-3,
-        perturbation=SPHERE,
+        perturbation=RADEMACHER,
     )
     assert_agreement(simulator, agreement, oracle.softmax_regression())
 
@@ -331,7 +331,9 @@ def test_quadratic_agrees(x64, quick_compile):
         examples_per_client=5,
         noise=0.1,
     ).task
-    algorithm = decomfl(task.loss, estimators.central_difference(2, MU), sgd(), local_steps=2)
+    algorithm = decomfl(
+        task.loss, estimators.central_difference(2, MU, SPHERE), sgd(), local_steps=2
+    )
     simulator = simulation.make_simulator(
         algorithm, task, clients_per_round=COHORT, batch_size=BATCH_SIZE
     )
@@ -341,6 +343,7 @@ def test_quadratic_agrees(x64, quick_compile):
         oracle_sgd(),
         num_perturbations=2,
         local_steps=2,
+        perturbation=SPHERE,
     )
     reflection = np.eye(dim) - 2 / dim
     spectrum = np.exp(-decay_rate(dim, effective_rank) * np.arange(dim))

@@ -110,9 +110,12 @@ def start(simulator: simulation.Simulator):
 @pytest.mark.parametrize(
     ("optimizer", "perturbation", "local_steps"),
     [
-        (optimizer, perturbation, (1, 3)[(i + j) % 2])
-        for i, optimizer in enumerate(OPTIMIZERS)
-        for j, perturbation in enumerate(["gaussian", "rademacher", "sphere"])
+        ("sgd", "gaussian", 1),
+        ("sgd", "rademacher", 3),
+        ("momentum and decay", "rademacher", 1),
+        ("momentum and decay", "sphere", 3),
+        ("adam", "sphere", 1),
+        ("adam", "gaussian", 3),
     ],
 )
 def test_replay_has_the_bits_of_the_run(optimizer, perturbation, local_steps):
@@ -173,13 +176,11 @@ def test_evaluation_changes_no_bit_of_training(eval_every):
     assert [record.round for record in progress.history] == [*marks, ROUNDS]
 
 
-def test_other_seeds_and_other_generators_are_other_runs():
-    shared = shared_simulator()
-    params, _ = advance(shared, start(shared), [2])
-    other = make_simulator("momentum and decay", "rademacher", 2, seed=1)
-    assert not np.array_equal(other.cohorts(np.arange(9)), shared.cohorts(np.arange(9)))
-    different, _ = advance(other, start(other), [2])
-    assert np.all(different.params["kernel"] != params.params["kernel"])
+def test_another_seed_is_another_run():
+    shared, other = shared_simulator(), make_simulator("sgd", "rademacher", 1, seed=1)
+    many = np.arange(9)
+    assert not np.array_equal(other.cohorts(many), shared.cohorts(many))
+    assert np.all(other.seeds(many) != shared.seeds(many))
 
 
 def test_params_of_weak_types_are_trained(quick_compile):
@@ -304,7 +305,7 @@ def test_params_given_to_start_are_used_and_left_alone():
 
 
 @pytest.mark.parametrize("eval_batch_size", [7, 36, 512])
-def test_every_test_example_counts_once(eval_batch_size):
+def test_every_test_example_counts_once(quick_compile, eval_batch_size):
     """36 examples in batches of 7, of 36, or in a part of one."""
     task = softmax_task()
     assert sum(CLIENT_SIZES) == 36
@@ -320,7 +321,7 @@ def test_every_test_example_counts_once(eval_batch_size):
 
 
 @pytest.mark.parametrize("local_steps", [1, 4])
-def test_a_quadratic_descends_to_its_minimum(local_steps):
+def test_a_quadratic_descends_to_its_minimum(quick_compile, local_steps):
     task, _, _, minimum = quadratic(
         jax.random.key(0), dim=50, effective_rank=5.0, num_clients=8, heterogeneity=0.1
     )
@@ -342,7 +343,7 @@ def poisoned_task(client: int) -> Task:
     return task._replace(train=task.train._replace(examples=examples))
 
 
-def test_one_client_that_is_not_a_number_stops_the_run():
+def test_one_client_that_is_not_a_number_stops_the_run(quick_compile):
     """At its first round, with the state before it; the rounds before are all reported."""
     healthy = make_simulator("adam", "rademacher", 1)
     cohorts = healthy.cohorts(np.arange(100))
@@ -372,7 +373,7 @@ def test_one_client_that_is_not_a_number_stops_the_run():
     assert again.value.round == expected
 
 
-def test_a_run_that_grows_without_bound_stops_with_a_finite_model():
+def test_a_run_that_grows_without_bound_stops_with_a_finite_model(quick_compile):
     task = quadratic(jax.random.key(0), dim=5, effective_rank=5.0, num_clients=4).task
     algorithm = decomfl(task.loss, estimators.central_difference(2, 1e-2), optax.sgd(1e30))
     simulator = simulation.make_simulator(algorithm, task, clients_per_round=2, batch_size=1)

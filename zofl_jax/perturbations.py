@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from zofl_jax import keys
 from zofl_jax.core import Array, Params, PRNGKey
@@ -73,9 +72,9 @@ def sphere() -> Perturbation:
     def sample(key: PRNGKey, params: Params) -> Params:
         normal = _sample_leaves(key, params, draw=_normal)
         size = sum(leaf.size for leaf in jax.tree.leaves(params))
-        # optax.tree.norm would sum a bfloat16 leaf in bfloat16.
         square = sum(jnp.sum(jnp.square(_widen(leaf))) for leaf in jax.tree.leaves(normal))
-        return optax.tree.scale(math.sqrt(size) / jnp.sqrt(square), normal)
+        factor = math.sqrt(size) / jnp.sqrt(square)
+        return jax.tree.map(lambda leaf: (factor * _widen(leaf)).astype(leaf.dtype), normal)
 
     return _dense(sample)
 

@@ -160,8 +160,13 @@ def fingerprint(params: Params) -> Array:
         width = min(leaf.dtype.itemsize, 4) * 8
         bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}"))
         words = bits.astype(jnp.uint32).reshape(-1)
-        odd = 2 * jax.lax.iota(jnp.uint32, words.size) + 1
-        total = total * jnp.uint32(16777619) + jnp.sum(words * odd, dtype=jnp.uint32)
+        # MurmurHash3's finaliser, a bijection that spreads each bit over the word; the sum
+        # of the plain words would not see two signs exchanged.
+        mixed = words ^ (jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B9))
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+        mixed = mixed ^ (mixed >> 16)
+        total = total * jnp.uint32(16777619) + jnp.sum(mixed, dtype=jnp.uint32)
         total = total ^ jnp.uint32(keys.name_id(keys.path_name(path)))
     return total
 

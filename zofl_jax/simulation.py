@@ -141,6 +141,8 @@ def make_simulator(
             f"clients_per_round must be in [1, num_clients = {num_clients}], "
             f"got {clients_per_round}"
         )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if weighting not in ("uniform", "examples"):
         raise ValueError(f"weighting must be 'uniform' or 'examples', got {weighting!r}")
     partition.check_batch_size(np.asarray(task.train.offsets), batch_size)
