@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jaxprs import shapes_in
 from tiny_tasks import softmax_task
 
 from zofl_jax import estimators, keys, perturbations
@@ -67,20 +68,6 @@ def test_the_update_after_the_last_step_is_never_computed(quick_compile, local_s
     jax.block_until_ready(jax.jit(algorithm.server)(KEY, state, jnp.ones((local_steps, 4))))
     jax.effects_barrier()
     assert len(accumulated) == local_steps
-
-
-def shapes_in(jaxpr) -> set[tuple[int, ...]]:
-    """Returns the shapes of all intermediates, those of inner functions included."""
-    shapes = set()
-    for equation in jaxpr.eqns:
-        shapes |= {variable.aval.shape for variable in equation.outvars}
-        for value in jax.tree.leaves(
-            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                shapes |= shapes_in(inner)
-    return shapes
 
 
 @pytest.mark.parametrize("clients_at_once", [None, 1])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jaxprs import shapes_in
 from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, softmax_task
 
 from zofl_jax import estimators, keys, rounds
@@ -147,20 +148,6 @@ def test_evaluation_leaves_out_what_fills_up_the_last_batch():
     means = jax.jit(rounds.make_evaluate(task))(jnp.array(2.0), values.reshape(3, 3), mask)
     assert float(means["loss"]) == 6.0
     assert float(means["square"]) == 13.0
-
-
-def shapes_in(jaxpr) -> set[tuple[int, ...]]:
-    """Returns the shapes of all intermediates, those of inner functions included."""
-    shapes = set()
-    for equation in jaxpr.eqns:
-        shapes |= {variable.aval.shape for variable in equation.outvars}
-        for value in jax.tree.leaves(
-            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                shapes |= shapes_in(inner)
-    return shapes
 
 
 @pytest.mark.parametrize(("local_steps", "copies"), [(1, False), (2, True)])

@@ -1,44 +1,21 @@
-"""Runs: resumed, replayed and cut up without a bit changing; evaluated, stopped, refused."""
+"""Runs: compiled once, taken up again, evaluated, stopped, refused."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_simulations import COHORT, advance, assert_same_bits, copy, joined, make_simulator, start
 from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, softmax_task
 
-from zofl_jax import estimators, perturbations, rounds, simulation
+from zofl_jax import estimators, rounds, simulation
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import Phase, Task
 from zofl_jax.tasks.quadratic import quadratic
 
-COHORT = 3
 ROUNDS = 12
-
-OPTIMIZERS = {
-    "sgd": lambda: optax.sgd(0.05),
-    "momentum and decay": lambda: optax.chain(
-        optax.add_decayed_weights(0.01), optax.sgd(0.05, momentum=0.9)
-    ),
-    "adam": lambda: optax.adam(0.05),
-}
-
-
-def make_simulator(
-    optimizer: str,
-    perturbation: str,
-    local_steps: int,
-    task: Task | None = None,
-    **options: Any,
-) -> simulation.Simulator:
-    task = task or softmax_task()
-    estimator = estimators.forward_difference(2, 1e-2, getattr(perturbations, perturbation)())
-    algorithm = decomfl(task.loss, estimator, OPTIMIZERS[optimizer](), local_steps=local_steps)
-    options = {"clients_per_round": COHORT, "batch_size": BATCH_SIZE, **options}
-    return simulation.make_simulator(algorithm, task, **options)
 
 
 class CountedTask:
@@ -66,104 +43,6 @@ COUNTED = CountedTask()
 def shared_simulator() -> simulation.Simulator:
     """One set of compiled functions for all tests that need no special one: K = 2."""
     return make_simulator("momentum and decay", "rademacher", 2, COUNTED.task)
-
-
-def copy(tree):
-    return jax.tree.map(np.array, tree)
-
-
-def assert_same_bits(actual, expected) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert a.tobytes() == b.tobytes(), np.abs(a.astype(float) - b).max()
-
-
-def advance(simulator: simulation.Simulator, state, pieces) -> tuple[Any, list[simulation.Trace]]:
-    """Returns the state after dispatches of these lengths, and their traces."""
-    state, traces = jax.tree.map(jnp.asarray, state), []
-    for n in pieces:
-        state, _, trace = simulator.advance(state, (), n)
-        traces.append(trace)
-    return copy(state), traces
-
-
-def joined(traces: list[simulation.Trace]) -> simulation.Trace:
-    return simulation.Trace(
-        traces[0].first_round,
-        *(
-            np.concatenate([getattr(trace, name) for trace in traces])
-            for name in ("seeds", "cohorts", "broadcasts", "losses")
-        ),
-        traces[-1].failed_loss,
-    )
-
-
-def start(simulator: simulation.Simulator):
-    return copy(simulator.start(None).state)
-
-
-# Bits.
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "perturbation", "local_steps"),
-    [
-        ("sgd", "gaussian", 1),
-        ("sgd", "rademacher", 3),
-        ("momentum and decay", "rademacher", 1),
-        ("momentum and decay", "sphere", 3),
-        ("adam", "sphere", 1),
-        ("adam", "gaussian", 3),
-    ],
-)
-def test_replay_has_the_bits_of_the_run(optimizer, perturbation, local_steps):
-    """From the seeds and broadcasts alone: params, optimiser state and round number."""
-    simulator = make_simulator(optimizer, perturbation, local_steps)
-    initial = start(simulator)
-    ran, traces = advance(simulator, initial, [1, 4, ROUNDS - 5])
-    trace = joined(traces)
-    replayed = simulator.replay(initial, trace.seeds, trace.broadcasts)
-    assert_same_bits(replayed, ran)
-    middle = simulator.replay(initial, trace.seeds[:7], trace.broadcasts[:7])
-    assert int(middle.round) == 7
-    rest = simulator.replay(middle, trace.seeds[7:], trace.broadcasts[7:])
-    assert_same_bits(rest, ran)
-    assert np.any(ran.params["kernel"] != initial.params["kernel"])
-    assert np.any(ran.params["bias"] != initial.params["bias"])
-
-
-def test_a_run_taken_up_from_any_round_has_the_bits_of_one_in_a_piece():
-    simulator = shared_simulator()
-    states, memory = [simulator.start(None).state], ()
-    expected = []
-    kept = [copy(states[0])]
-    for _ in range(ROUNDS):
-        state, memory, trace = simulator.advance(states.pop(), memory, 1)
-        states.append(state)
-        kept.append(copy(state))
-        expected.append(trace)
-    whole = joined(expected)
-    for r in range(ROUNDS):
-        resumed, traces = advance(simulator, kept[r], [ROUNDS - r])
-        assert_same_bits(resumed, kept[-1])
-        np.testing.assert_array_equal(traces[0].broadcasts, whole.broadcasts[r:])
-        np.testing.assert_array_equal(traces[0].seeds, whole.seeds[r:])
-        np.testing.assert_array_equal(traces[0].cohorts, whole.cohorts[r:])
-        np.testing.assert_array_equal(traces[0].losses, whole.losses[r:])
-        assert traces[0].first_round == r
-
-
-def test_more_rounds_than_a_dispatch_takes():
-    simulator = shared_simulator()
-    initial, n = start(simulator), rounds.CAPACITY + 5
-    ran, traces = advance(simulator, initial, [rounds.CAPACITY, 5])
-    trace = joined(traces)
-    assert len(trace.losses) == int(ran.round) == n
-    assert_same_bits(simulator.replay(initial, trace.seeds, trace.broadcasts), ran)
-    progress = simulation.run(simulator, rounds=n)
-    assert_same_bits(progress.state, ran)
 
 
 @pytest.mark.parametrize("eval_every", [0, 1, 5, 100])

@@ -1,0 +1,73 @@
+"""Small simulations, and what tests do with them: advance, copy, compare bits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tiny_tasks import BATCH_SIZE, softmax_task
+
+from zofl_jax import estimators, perturbations, simulation
+from zofl_jax.algorithms import decomfl
+from zofl_jax.core import Task
+
+COHORT = 3
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.05),
+    "momentum and decay": lambda: optax.chain(
+        optax.add_decayed_weights(0.01), optax.sgd(0.05, momentum=0.9)
+    ),
+    "adam": lambda: optax.adam(0.05),
+}
+
+
+def make_simulator(
+    optimizer: str,
+    perturbation: str,
+    local_steps: int,
+    task: Task | None = None,
+    **options: Any,
+) -> simulation.Simulator:
+    task = task or softmax_task()
+    estimator = estimators.forward_difference(2, 1e-2, getattr(perturbations, perturbation)())
+    algorithm = decomfl(task.loss, estimator, OPTIMIZERS[optimizer](), local_steps=local_steps)
+    options = {"clients_per_round": COHORT, "batch_size": BATCH_SIZE, **options}
+    return simulation.make_simulator(algorithm, task, **options)
+
+
+def copy(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def assert_same_bits(actual, expected) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert a.tobytes() == b.tobytes(), np.abs(a.astype(float) - b).max()
+
+
+def advance(simulator: simulation.Simulator, state, pieces) -> tuple[Any, list[simulation.Trace]]:
+    """Returns the state after dispatches of these lengths, and their traces."""
+    state, traces = jax.tree.map(jnp.asarray, state), []
+    for n in pieces:
+        state, _, trace = simulator.advance(state, (), n)
+        traces.append(trace)
+    return copy(state), traces
+
+
+def joined(traces: list[simulation.Trace]) -> simulation.Trace:
+    return simulation.Trace(
+        traces[0].first_round,
+        *(
+            np.concatenate([getattr(trace, name) for trace in traces])
+            for name in ("seeds", "cohorts", "broadcasts", "losses")
+        ),
+        traces[-1].failed_loss,
+    )
+
+
+def start(simulator: simulation.Simulator):
+    return copy(simulator.start(None).state)
