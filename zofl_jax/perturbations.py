@@ -62,7 +62,8 @@ def rademacher() -> Perturbation:
 def sphere() -> Perturbation:
     """Returns directions uniform on the sphere of radius √d over all d params together.
 
-    Ref: Flaxman et al. 2005, scaled so that E[z zᵀ] = I.
+    Ref: Flaxman et al. 2005, scaled so that E[z zᵀ] = I. The radius is a sum over all params,
+    so directions compiled in different ways may differ by rounding.
 
     >>> z = sphere().sample(jax.random.key(0), {"w": jnp.zeros(100)})
     >>> round(float(jnp.linalg.norm(z["w"])), 4)

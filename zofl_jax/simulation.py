@@ -48,7 +48,10 @@ class Record(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a run is: all that is needed to go on."""
+    """How far a run is: all that is needed to go on.
+
+    It is not a snapshot: going on consumes `state` and `memory` and counts in `ledger`.
+    """
 
     state: ServerState
     memory: Any  # of the population's stateful clients, (), or arrays [num_clients, ...]
