@@ -298,7 +298,9 @@ def run(
         evaluated = history[-1].round if history else 0
         if done != evaluated and (done == rounds or (eval_every and done % eval_every == 0)):
             metrics = simulator.evaluate(state.params)
-            record = Record(done, float(np.mean(losses)), metrics, book.totals.up, book.totals.down)
+            record = Record(
+                done, float(np.mean(losses or [np.nan])), metrics, book.totals.up, book.totals.down
+            )
             history.append(record)
             losses.clear()
             if on_record:
