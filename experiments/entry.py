@@ -23,8 +23,11 @@ class UserError(Exception):
     """The work can't be done as asked; the message is for the user and names the remedy."""
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`; errors a user can mend end it with one sentence."""
+def run(main: Callable[[], None], interrupted: str = "stopped") -> None:
+    """Parses the flags and runs `main`; errors a user can mend end it with one sentence.
+
+    `interrupted` is what Ctrl-C answers.
+    """
 
     def checked(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -42,7 +45,7 @@ def run(main: Callable[[], None]) -> None:
         except (RunError, UserError) as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
-            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            print(f"\n{interrupted}", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
 
     app.run(checked)

@@ -261,4 +261,4 @@ def _event_writer(run: Run) -> Any:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(main, interrupted="stopped; the same command goes on from here")
