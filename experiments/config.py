@@ -108,39 +108,8 @@ flags.DEFINE_float(
 
 FLAGS = flags.FLAGS
 
-NAMES = (
-    "task",
-    "data_dir",
-    "model",
-    "algorithm",
-    "estimator",
-    "perturbation",
-    "num_clients",
-    "clients_per_round",
-    "local_steps",
-    "num_perturbations",
-    "smoothing",
-    "batch_size",
-    "optimizer",
-    "learning_rate",
-    "momentum",
-    "weight_decay",
-    "schedule",
-    "rounds",
-    "eval_every",
-    "partition",
-    "dirichlet_alpha",
-    "shards_per_client",
-    "weighting",
-    "seed",
-    "prng_impl",
-    "clients_at_once",
-    "quadratic_dim",
-    "effective_rank",
-    "heterogeneity",
-    "noise",
-)
-"""The flags that make a run what it is."""
+NAMES = tuple(flag.name for flag in FLAGS.flags_by_module_dict()[__name__])
+"""The flags that make a run what it is: all of this file."""
 
 
 class Experiment(NamedTuple):

@@ -158,7 +158,7 @@ def summarise(
     values: config.Values, experiment: config.Experiment, progress: simulation.Progress
 ) -> dict[str, Any]:
     """Returns the contents of `summary.json`."""
-    book, history = progress.ledger, [_row(record) for record in progress.history]
+    book, history = progress.ledger, [record.row() for record in progress.history]
     last: dict[str, Any] = history[-1] if history else {}
     accuracies = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
     rounds_done = book.num_rounds
@@ -195,17 +195,6 @@ def versions() -> dict[str, str]:
     names = ("zofl-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     found = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **found}
-
-
-def _row(record: simulation.Record) -> dict[str, Any]:
-    return {
-        "round": record.round,
-        "train_loss": record.train_loss,
-        "test_loss": record.metrics.get("loss"),
-        "test_accuracy": record.metrics.get("accuracy"),
-        "bytes_up": record.bytes_up,
-        "bytes_down": record.bytes_down,
-    }
 
 
 def _save_figures(run: Run, task_name: str, summary: dict[str, Any]) -> None:

@@ -31,12 +31,23 @@ def uniform(
     >>> uniform(jax.random.key(0), 3, 4, 4).tolist()
     [0, 1, 2, 3]
     """
+    check_cohort_size(num_clients, clients_per_round)
+    return sampling.subset(jax.random.fold_in(key, round_index), num_clients, clients_per_round)
+
+
+def check_cohort_size(num_clients: int, clients_per_round: int) -> None:
+    """Checks that a cohort of `clients_per_round` can be drawn.
+
+    Raises:
+      ValueError: unless 1 <= clients_per_round <= num_clients.
+
+    >>> check_cohort_size(10, 10)
+    """
     if not 1 <= clients_per_round <= num_clients:
         raise ValueError(
             f"clients_per_round must be in [1, num_clients = {num_clients}], "
             f"got {clients_per_round}"
         )
-    return sampling.subset(jax.random.fold_in(key, round_index), num_clients, clients_per_round)
 
 
 def first_last_round(num_clients: int) -> np.ndarray:

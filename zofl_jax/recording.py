@@ -122,11 +122,12 @@ def _replay(run: Run, simulator: Simulator, state: ServerState, until: int) -> S
     starts = [phase.first_round for phase in simulator.phases if first < phase.first_round < until]
     for start, stop in zip([first, *starts], [*starts, until], strict=True):
         rows = run.log.rounds(start, stop)
+        if not rows:
+            continue
         spec = simulator.broadcasts[phase_at(simulator.phases, start)]
         broadcasts = [_decode(row.broadcast, spec) for row in rows]
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *broadcasts) if rows else None
-        if stacked is not None:
-            state = simulator.replay(state, _seeds(rows), stacked)
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *broadcasts)
+        state = simulator.replay(state, _seeds(rows), stacked)
     return state
 
 

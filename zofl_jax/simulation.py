@@ -46,6 +46,17 @@ class Record(NamedTuple):
     bytes_up: int
     bytes_down: int
 
+    def row(self) -> dict[str, Any]:
+        """Returns the record as figures and summaries take it; None for metrics it lacks."""
+        return {
+            "round": self.round,
+            "train_loss": self.train_loss,
+            "test_loss": self.metrics.get("loss"),
+            "test_accuracy": self.metrics.get("accuracy"),
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+        }
+
 
 class Progress(NamedTuple):
     """How far a run is: all that is needed to go on.
@@ -139,11 +150,7 @@ def make_simulator(
     phases = as_phases(algorithm)
     root = keys.root(seed, prng_impl)
     num_clients = task.train.num_clients
-    if not 1 <= clients_per_round <= num_clients:
-        raise ValueError(
-            f"clients_per_round must be in [1, num_clients = {num_clients}], "
-            f"got {clients_per_round}"
-        )
+    participation.check_cohort_size(num_clients, clients_per_round)
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if weighting not in ("uniform", "examples"):
