@@ -4,10 +4,17 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo smollm2 reviews test clean
 
 demo: $(VENV)/.demo-installed
 	$(RUN) -m experiments.train --flagfile=experiments/flagfiles/digits.flags
+
+# Real weights and real text, into the user's cache folder.
+smollm2: $(VENV)/.language-installed
+	$(RUN) -m experiments.fetch smollm2
+
+reviews: $(VENV)/.language-installed
+	$(RUN) -m experiments.fetch reviews
 
 test: $(VENV)/.test-installed
 	$(VENV)/bin/ruff check .
@@ -23,6 +30,10 @@ $(VENV)/.python:
 
 $(VENV)/.demo-installed: $(VENV)/.python setup.cfg pyproject.toml
 	$(RUN) -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.language-installed: $(VENV)/.python setup.cfg pyproject.toml
+	$(RUN) -m pip install --quiet --editable '.[language]'
 	@touch $@
 
 $(VENV)/.test-installed: $(VENV)/.python setup.cfg pyproject.toml

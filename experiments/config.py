@@ -7,20 +7,24 @@ and the builders below turn that dict into library objects.
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
 
+from experiments import language
 from experiments.entry import UserError
 from zofl_jax import estimators, keys, perturbations, simulation
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import LossFn, Phase, Task
 from zofl_jax.data import partition, sources, tfds
 from zofl_jax.models import cnn, mlp
-from zofl_jax.tasks import quadratic, vision
+from zofl_jax.tasks import benchmarks, objectives, quadratic, vision
+
+if TYPE_CHECKING:
+    from zofl_jax.tasks.language import LanguageTask
 
 Values = Mapping[str, Any]
 
@@ -37,11 +41,24 @@ MODELS = {
     "lenet": cnn.LeNet,
 }
 CONVOLUTIONAL = ("mnist_cnn", "fashion_cnn", "lenet")
+EVAL_BATCH, LANGUAGE_EVAL_BATCH = 512, 32  # examples at once
 AUTHORS_SCHEDULE = "500:lr=0.8,P=2;1000:lr=0.5,P=4;2000:lr=0.3,P=8"
 
-flags.DEFINE_string("task", "digits", "digits, idx, npz, tfds:NAME or quadratic.")
-flags.DEFINE_string("data_dir", None, "Folder (idx, tfds) or file (npz) of the data.")
-flags.DEFINE_enum("model", None, list(MODELS), "Model of an image task; softmax unless given.")
+flags.DEFINE_string(
+    "task",
+    "digits",
+    f"Images: digits, idx, npz, tfds:NAME. Texts: {', '.join(benchmarks.CATALOGUE)}, and text for "
+    "data of one's own. Or quadratic.",
+)
+flags.DEFINE_string(
+    "data_dir", None, "Folder (idx, tfds, texts) or file (npz, reviews, text) of the data."
+)
+flags.DEFINE_string(
+    "model",
+    None,
+    f"Of images: {', '.join(MODELS)}; softmax unless given. Of texts: gguf:FILE or "
+    "hf:FOLDER_OR_NAME; what make smollm2 fetched unless given.",
+)
 flags.DEFINE_enum("algorithm", "decomfl", ["decomfl"], "Federated algorithm.")
 flags.DEFINE_enum(
     "estimator",
@@ -108,8 +125,8 @@ flags.DEFINE_float(
 
 FLAGS = flags.FLAGS
 
-NAMES = tuple(flag.name for flag in FLAGS.flags_by_module_dict()[__name__])
-"""The flags that make a run what it is: all of this file."""
+NAMES = (*(flag.name for flag in FLAGS.flags_by_module_dict()[__name__]), *language.NAMES)
+"""The flags that make a run what it is: all of this file and of `language.py`."""
 
 
 class Experiment(NamedTuple):
@@ -119,6 +136,8 @@ class Experiment(NamedTuple):
     simulator: simulation.Simulator
     label_counts: np.ndarray | None  # [num_clients, num_classes]
     minimum: float | None  # the least test loss, where it is known
+    language: "LanguageTask | None" = None  # of texts
+    notices: tuple[str, ...] = ()  # sentences for the user
 
 
 class Change(NamedTuple):
@@ -135,7 +154,7 @@ def _as_user_errors() -> Iterator[None]:
     """Turns the library's complaints about its arguments into messages for the user."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
 
 
@@ -163,8 +182,25 @@ def resolve() -> dict[str, Any]:
         values["model"] = "quadratic"
         if FLAGS["batch_size"].using_default_value:
             values["batch_size"] = 1
+    elif language.is_language_task(task):
+        language.fill_in(values, {n for n in NAMES if not FLAGS[n].using_default_value})
     else:
-        values["model"] = values["model"] or "softmax"
+        values["model"] = "softmax" if values["model"] is None else values["model"]
+        if values["model"] not in MODELS:
+            raise ValueError(
+                f"--model={values['model']} is no model of images: use one of {', '.join(MODELS)}"
+            )
+        values["objective"] = values["objective"] or "cross_entropy"
+        if values["objective"] not in objectives.CLASSIFICATION:
+            raise ValueError(f"--objective={values['objective']} is for texts, not for images")
+    if values["objective"] in objectives.WITHOUT_GRADIENT and values["estimator"] in (
+        "projection",
+        "jvp",
+    ):
+        raise ValueError(
+            f"--objective={values['objective']} has no useful gradient, which "
+            f"--estimator={values['estimator']} needs: use forward or central"
+        )
     if values["clients_at_once"] is None:
         values["clients_at_once"] = 1 if values["model"] in CONVOLUTIONAL else 0
     if task in ("idx", "npz") and not values["data_dir"]:
@@ -187,7 +223,8 @@ def build(values: Values) -> Experiment:
       UserError: for data that is missing or malformed, or flags that don't fit it.
     """
     root = keys.root(values["seed"], values["prng_impl"])
-    label_counts, minimum = None, None
+    label_counts, minimum, built_language = None, None, None
+    notices: tuple[str, ...] = ()
     if values["task"] == "quadratic":
         built = quadratic.quadratic(
             root.partition,
@@ -199,11 +236,15 @@ def build(values: Values) -> Experiment:
             noise=values["noise"],
         )
         task, minimum = built.task, built.minimum
+    elif language.is_language_task(values["task"]):
+        built_language, label_counts = language.build(values, root)
+        task, notices = built_language.task, language.notices(built_language)
     else:
         dataset = _dataset(values)
         order, offsets = _partition(values, dataset, root)
         model = MODELS[values["model"]](dataset.num_classes)
-        task = vision.classification(dataset, model, order, offsets)
+        objective = objectives.CLASSIFICATION[values["objective"]]
+        task = vision.classification(dataset, model, order, offsets, objective)
         label_counts = partition.label_counts(
             dataset.train["label"], order, offsets, dataset.num_classes
         )
@@ -215,8 +256,9 @@ def build(values: Values) -> Experiment:
         seed=values["seed"],
         prng_impl=values["prng_impl"],
         weighting=values["weighting"],
+        eval_batch_size=LANGUAGE_EVAL_BATCH if built_language else EVAL_BATCH,
     )
-    return Experiment(task, simulator, label_counts, minimum)
+    return Experiment(task, simulator, label_counts, minimum, built_language, notices)
 
 
 def build_phases(values: Values, loss_fn: LossFn) -> list[Phase]:
@@ -334,7 +376,10 @@ def _dataset(values: Values) -> sources.Dataset:
         return sources.npz(data_dir)
     if task.startswith("tfds:"):
         return tfds.load(task.removeprefix("tfds:"), data_dir)
-    raise ValueError(f"--task={task} is unknown; use digits, idx, npz, tfds:NAME or quadratic")
+    raise ValueError(
+        f"--task={task} is unknown; use digits, idx, npz, tfds:NAME, quadratic, text, or one of "
+        f"{', '.join(benchmarks.CATALOGUE)}"
+    )
 
 
 def _partition(

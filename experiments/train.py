@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -52,8 +53,14 @@ def default_workdir(values: config.Values) -> Path:
     """Returns a folder whose name tells the run and whose digest tells its flags."""
     fixed = {name: value for name, value in values.items() if name not in MAY_CHANGE}
     digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
-    task = values["task"].replace(":", "_").replace("/", "_")
-    return Path("runs") / f"{task}-{values['model']}-{values['algorithm']}-{digest}"
+    task, model = (re.sub(r"[^\w.-]+", "_", name) for name in (values["task"], model_name(values)))
+    return Path("runs") / f"{task}-{model}-{values['algorithm']}-{digest}"
+
+
+def model_name(values: config.Values) -> str:
+    """Returns the model's name for people: that of its file, where it is one."""
+    kind, _, place = values["model"].partition(":")
+    return Path(place).stem if kind == "gguf" else place or kind
 
 
 def _train(run: Run, values: config.Values, experiment: config.Experiment | None) -> None:
@@ -79,6 +86,8 @@ def _train(run: Run, values: config.Values, experiment: config.Experiment | None
     for sentences in (run.notice if run.notice != repaired else None, notice):
         if sentences:
             print(f"note: {sentences}", file=sys.stderr)
+    for sentence in experiment.notices:
+        print(f"note: {sentence}", file=sys.stderr)
     writer = _event_writer(run) if FLAGS.tensorboard else None
     done = int(progress.state.round)
     if done:
@@ -200,7 +209,7 @@ def versions() -> dict[str, str]:
 def _save_figures(run: Run, task_name: str, summary: dict[str, Any]) -> None:
     if not summary["history"]:
         return
-    title = f"{summary['algorithm']} on {task_name} ({summary['model']})"
+    title = f"{summary['algorithm']} on {task_name} ({model_name(summary)})"
     run.save_figure("rounds.png", plots.accuracy_against_rounds(summary["history"], title))
     dense = summary["bytes_fedavg_per_client"] * summary["num_clients"] / summary["rounds"]
     run.save_figure("bytes.png", plots.accuracy_against_bytes(summary["history"], dense, title))
@@ -209,7 +218,7 @@ def _save_figures(run: Run, task_name: str, summary: dict[str, Any]) -> None:
 def _print_table(summary: dict[str, Any]) -> None:
     """Prints the last evaluations and what was sent."""
     print(
-        f"{summary['algorithm']} on {summary['task']}: {summary['model']}, "
+        f"{summary['algorithm']} on {summary['task']}: {model_name(summary)}, "
         f"{summary['num_params']:,} params, {summary['num_clients']} clients"
     )
     print(

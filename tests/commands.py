@@ -75,6 +75,12 @@ class Commands:
     def replay(self, *arguments):
         return self.run("-m", "experiments.replay", *arguments)
 
+    def evaluate(self, *arguments):
+        return self.run("-m", "experiments.evaluate", *arguments)
+
+    def export(self, *arguments):
+        return self.run("-m", "experiments.export", *arguments)
+
     def train_each(self, list_of_arguments):
         ended = self.run("-c", SEVERAL_COMMANDS, stdin=json.dumps(list_of_arguments))
         assert ended.code == 0, ended.err

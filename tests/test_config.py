@@ -51,9 +51,11 @@ def test_defaults_are_a_run_on_digits():
 
 def test_every_flag_of_the_run_is_kept_in_its_directory():
     # A flag that is missing in NAMES could change between a run and its resumption.
-    module_flags = config.FLAGS.flags_by_module_dict()["experiments.config"]
-    assert {flag.name for flag in module_flags} == set(config.NAMES)
-    assert all(flag.help for flag in module_flags)
+    flags_of = config.FLAGS.flags_by_module_dict()
+    modules = ("experiments.config", "experiments.language")
+    run_flags = [flag for module in modules for flag in flags_of[module]]
+    assert {flag.name for flag in run_flags} == set(config.NAMES)
+    assert all(flag.help for flag in run_flags)
 
 
 @pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)

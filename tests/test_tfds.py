@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+import text_benchmarks
 
 from zofl_jax.data import tfds
 from zofl_jax.data.sources import DataError
@@ -172,3 +173,147 @@ def test_tfds_names_the_package_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "array_record", None)
     with pytest.raises(DataError, match="takes array_record, which is missing"):
         tfds.load("mnist", tmp_path)
+
+
+def prepare_features(data_dir, features, examples):
+    """Prepares a data set "notes" of any features, with one split."""
+    datasets = pytest.importorskip("tensorflow_datasets")
+
+    class Notes(datasets.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = datasets.core.Version("1.0.0")
+        pkg_dir_path = None
+
+        def _info(self):
+            return datasets.core.DatasetInfo(
+                builder=self, features=datasets.features.FeaturesDict(features(datasets.features))
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"some": enumerate(examples)}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Notes.name = "notes"
+    Notes(data_dir=data_dir, file_format="array_record").download_and_prepare()
+
+
+def test_rows_are_python_values_of_the_columns_asked_for(tmp_path):
+    features = {
+        "text": "Größe — 大",
+        "label": 2,
+        "weight": 0.5,
+        "sure": True,
+        "tags": ["a", "b"],
+        "sizes": [3, 4, 5],
+        "inner": {"deep": {"text": "d"}},
+        "spans": {"text": ["x", "y"], "start": [0, 7]},
+    }
+    prepare_features(
+        tmp_path,
+        lambda f: {
+            "text": f.Text(),
+            "label": f.ClassLabel(num_classes=3),
+            "weight": f.Scalar(np.float32),
+            "sure": f.Scalar(np.bool_),
+            "tags": f.Sequence(f.Text()),
+            "sizes": f.Sequence(np.int32),
+            "inner": {"deep": {"text": f.Text()}},
+            "spans": f.Sequence({"text": f.Text(), "start": np.int32}),
+        },
+        [features, features | {"tags": []}],
+    )
+    columns = ["text", "label", "weight", "sure", "tags", "sizes", "inner/deep/text"]
+    columns += ["spans/text", "spans/start"]
+    rows = tfds.rows("notes", tmp_path, ["some"], columns)["some"]
+    assert sorted(rows, key=lambda row: len(row["tags"]))[1] == {
+        "text": "Größe — 大",
+        "label": 2,
+        "weight": 0.5,
+        "sure": True,
+        "tags": ["a", "b"],
+        "sizes": [3, 4, 5],
+        "inner/deep/text": "d",
+        "spans/text": ["x", "y"],
+        "spans/start": [0, 7],
+    }
+    kinds = [str, int, float, bool, list, list, str, list, list]
+    assert [type(value) for value in rows[0].values()] == kinds
+    assert {len(row["tags"]) for row in rows} == {0, 2}
+    message = r"has no feature 'inner/text', only .*inner/deep/text"
+    with pytest.raises(DataError, match=message):
+        tfds.rows("notes", tmp_path, ["some"], ["inner/text"])
+
+
+@pytest.mark.parametrize("name", ["sst2", "cb", "squad"])
+def test_rows_of_benchmarks_are_read_without_tensorflow(tmp_path, monkeypatch, capfd, name):
+    entry = text_benchmarks.CATALOGUE[name]
+    text_benchmarks.prepare(tmp_path, name)
+    capfd.readouterr()
+    monkeypatch.setattr(tfds, "_CHUNK", 7)
+    loaded = "tensorflow" in sys.modules
+    found = tfds.rows(entry.tfds, tmp_path, [entry.test, entry.train], entry.columns)
+    assert ("tensorflow" in sys.modules) == loaded
+    assert capfd.readouterr() == ("", "")
+    assert list(found) == [entry.test, entry.train]
+    for split, part in ((entry.test, "test"), (entry.train, "train")):
+        made = text_benchmarks.examples(name, part)
+        column = entry.columns[0]
+        assert sorted(row[column] for row in found[split]) == sorted(row[column] for row in made)
+        assert all(tuple(row) == entry.columns for row in found[split])
+
+
+@pytest.mark.parametrize("name", ["glue/sst2", "drop"])
+def test_text_that_is_not_prepared_is_prepared_and_read(tmp_path, monkeypatch, name):
+    """The download and TensorFlow itself, which these builders don't use, are left out."""
+    module = pytest.importorskip(f"tensorflow_datasets.{tfds._MODULES[name.split('/')[0]]}")
+    builder = getattr(module, {"glue/sst2": "Glue", "drop": "Drop"}[name])
+    benchmark = name.removeprefix("glue/")
+    entry = text_benchmarks.CATALOGUE[benchmark]
+
+    def examples(self, dl_manager):
+        parts = {entry.train: "train", entry.test: "test"}
+        return {
+            split: enumerate(text_benchmarks.examples(benchmark, part))
+            for split, part in parts.items()
+        }
+
+    monkeypatch.setattr(builder, "_split_generators", examples)
+    monkeypatch.setattr(tfds, "_has_tensorflow", lambda: True)
+    monkeypatch.setattr(tfds, "_reachable", lambda host: True)
+    plain_import = tfds._import_tfds
+    monkeypatch.setattr(tfds, "_import_tfds", lambda with_tensorflow=False: plain_import())
+    found = tfds.rows(name, tmp_path, [entry.train], entry.columns)
+    assert len(found[entry.train]) == text_benchmarks.NUM_TRAIN
+    assert tfds._prepared_folder(name, tmp_path)
+
+
+def test_rows_name_the_splits_there_are(tmp_path):
+    text_benchmarks.prepare(tmp_path, "drop")
+    with pytest.raises(DataError, match=r"drop.2\.0\.0 has no split 'validation', only .*dev"):
+        tfds.rows("drop", tmp_path, ["validation"], ["answer"])
+
+
+def test_rows_without_data_say_so_at_once(tmp_path, monkeypatch):
+    message = "unknown TFDS name 'imdb': use one of glue, super_glue, squad, drop, xsum, or one"
+    with pytest.raises(DataError, match=message):
+        tfds.rows("imdb", tmp_path, ["train"], ["text"])
+    monkeypatch.setattr(tfds, "_has_tensorflow", lambda: False)
+    with pytest.raises(DataError, match="takes TensorFlow: run pip install"):
+        tfds.rows("glue/sst2", tmp_path, ["train"], ["sentence"])
+    monkeypatch.setattr(tfds, "_has_tensorflow", lambda: True)
+    monkeypatch.setitem(tfds._TEXT_HOSTS, "squad", "http://127.0.0.1:1")
+    with pytest.raises(DataError, match=r"'squad/v1\.1' .* and http://127\.0\.0\.1:1 cannot be"):
+        tfds.rows("squad/v1.1", tmp_path, ["train"], ["context"])
+
+
+def test_what_tfds_does_not_download_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds, "_has_tensorflow", lambda: True)
+    message = r"put xsum-extracts-from-downloads\.tar\.gz into .*downloads.manual, as TFDS' page"
+    with pytest.raises(DataError, match=message):
+        tfds.rows("xsum", tmp_path, ["train"], ["summary"])
+    (tmp_path / "downloads" / "manual").mkdir(parents=True)
+    (tmp_path / "downloads" / "manual" / "xsum-extracts-from-downloads.tar.gz").touch()
+    monkeypatch.setitem(tfds._TEXT_HOSTS, "xsum", "http://127.0.0.1:1")
+    with pytest.raises(DataError, match=r"127\.0\.0\.1:1 cannot be reached"):
+        tfds.rows("xsum", tmp_path, ["train"], ["summary"])

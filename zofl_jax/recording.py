@@ -96,10 +96,13 @@ def restore(run: Run, simulator: Simulator) -> tuple[Progress, str | None]:
     return _recount(run, simulator, Progress(state, memory, start.ledger, [], [])), notice
 
 
-def rebuild(run: Run, simulator: Simulator, rounds_done: int) -> tuple[ServerState, bool | None]:
+def rebuild(
+    run: Run, simulator: Simulator, rounds_done: int, *, nearest: bool = False
+) -> tuple[ServerState, bool | None]:
     """Returns the state after `rounds_done` rounds, from the initial params and the log.
 
-    The second value says whether its params have the bits of the run: None where the log
+    With `nearest` it starts from the nearest snapshot, which is sooner done and proves less. The
+    second value says whether its params have the bits of the run: None where the log
     holds no checksum for that round.
 
     Raises:
@@ -110,7 +113,7 @@ def rebuild(run: Run, simulator: Simulator, rounds_done: int) -> tuple[ServerSta
         raise RunError(f"round {rounds_done} is not in the log, which holds {logged} rounds")
     _check_seeds(run, simulator, rounds_done)
     start = simulator.start(None)
-    found = run.latest_snapshot((start.state, start.memory), at_most=0)
+    found = run.latest_snapshot((start.state, start.memory), at_most=rounds_done if nearest else 0)
     state = found[1][0] if found else start.state
     state = _replay(run, simulator, state, rounds_done)
     differs = _differs(run, state)

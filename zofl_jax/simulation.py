@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofl_jax import keys, ledger, participation
+from zofl_jax import compilation, keys, ledger, participation
 from zofl_jax import rounds as traced
 from zofl_jax.core import Algorithm, Array, Broadcast, Params, Phase, ServerState, Task
 from zofl_jax.data import batches as data_batches
@@ -387,7 +387,6 @@ class _Compiler:
         """Returns fn(*args); `name` stands for `fn` and for the shapes of `args`."""
         if name not in self._compiled:
             began = time.perf_counter()
-            jitted = jax.jit(fn, donate_argnums=donate)
-            self._compiled[name] = jitted.lower(*args).compile()
+            self._compiled[name] = compilation.compiled(fn, args, donate)
             self.seconds.append(time.perf_counter() - began)
         return self._compiled[name](*args)

@@ -1,4 +1,4 @@
-"""Image classification: a flax model, softmax cross-entropy, accuracy."""
+"""Image classification: a flax model, softmax cross-entropy or another objective, accuracy."""
 
 from typing import Any
 
@@ -11,10 +11,15 @@ import optax
 from zofl_jax.core import Array, Batch, Params, PRNGKey, Task
 from zofl_jax.data import partition
 from zofl_jax.data.sources import Dataset
+from zofl_jax.tasks.objectives import Objective, cross_entropy
 
 
 def classification(
-    dataset: Dataset, model: nn.Module, order: np.ndarray, offsets: np.ndarray
+    dataset: Dataset,
+    model: nn.Module,
+    order: np.ndarray,
+    offsets: np.ndarray,
+    objective: Objective = cross_entropy,
 ) -> Task:
     """Returns the task of classifying the images of `dataset` with `model`.
 
@@ -26,6 +31,8 @@ def classification(
       model: `model.apply({"params": params}, images float [B, H, W, C])` -> logits.
       order: int32 [n], examples sorted by client, see `core.ClientData`.
       offsets: int32 [num_clients + 1], where each client's begin.
+      objective: (logits [B, C], labels [B]) -> what the clients lower, []. The metrics are the
+        cross-entropy and the accuracy, whatever it is.
 
     Raises:
       ValueError: if the model's outputs are not as many as the classes.
@@ -49,8 +56,7 @@ def classification(
         }
 
     def loss(params: Params, batch: Batch) -> Array:
-        outputs = logits(params, batch)
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, batch["label"]))
+        return objective(logits(params, batch), batch["label"])
 
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), dataset.train)
     outputs = jax.eval_shape(lambda k, b: logits(init(k), b), jax.random.key(0), one).shape[-1]

@@ -1,0 +1,94 @@
+"""A language model, a tokenizer and texts small enough for every test."""
+
+import numpy as np
+import pytest
+
+from zofl_jax.data.text import TextData
+
+tokenizers = pytest.importorskip("tokenizers")
+
+GOOD = ("lovely", "bright", "funny", "warm", "clever")
+BAD = ("dull", "bleak", "stale", "cold", "clumsy")
+THINGS = ("film", "story", "ending", "cast", "score", "scene")
+
+
+def sentences(count, seed=0):
+    """Returns rows {"text", "label"} whose adjective tells the label."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        label = int(random.integers(2))
+        words = (GOOD if label else BAD)[random.integers(5)], THINGS[random.integers(6)]
+        more = " and so on" * int(random.integers(4))
+        rows.append({"text": f"A {words[0]} {words[1]}{more}.", "label": label})
+    return rows
+
+
+def data(train=64, test=24):
+    return TextData(sentences(train), sentences(test, 1), "sentences")
+
+
+def tokenizer(vocabulary=400):
+    """Returns a byte-level BPE in which a word of the texts is one token."""
+    from zofl_jax.models.tokenizers import Tokenizer
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    words = " ".join([*GOOD, *BAD, *THINGS, "bad good It was terrible great Yes No Maybe"])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    alone = ["Yes", "No", "Maybe"] * 8
+    texts = [row["text"] + " It was bad good" for row in sentences(50)] + [words] * 8 + alone
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, bos_id=0, eos_id=1, pad_id=1)
+
+
+def model(seed=0, **changes):
+    """Returns (config, params, tokenizer) of a Llama of two layers with random weights."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    from zofl_jax.models import transformer
+    from zofl_jax.models.architectures import Config
+
+    words = tokenizer()
+    config = Config(
+        family="llama",
+        vocab_size=words.vocab_size,
+        width=16,
+        mlp_width=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_positions=512,
+        bos_id=0,
+        eos_ids=(1,),
+        pad_id=1,
+    )
+    config = dataclasses.replace(config, **changes)
+    random = np.random.default_rng(seed)
+
+    def leaf(spec):
+        if len(spec.shape) == 1:
+            return jnp.ones(spec.shape, spec.dtype)
+        values = random.normal(size=spec.shape) / np.sqrt(spec.shape[-2])
+        return jnp.asarray(values, spec.dtype)
+
+    params = jax.tree.map(leaf, transformer.shapes(config))
+    return config, params, words
+
+
+def save(folder, **changes):
+    """Writes the model as a Hugging Face folder and returns the flag for it."""
+    from zofl_jax.models import weights
+
+    weights.save_hf(str(folder), *model(**changes))
+    return f"--model=hf:{folder}"

@@ -1,0 +1,232 @@
+"""Text data: film reviews, and tables of one's own as TSV, CSV or JSON lines.
+
+Every source returns rows, a column's name to its value, or raises `DataError` with the file,
+the line and what is wrong with it. What the columns mean is the business of a prompt.
+"""
+
+import csv
+import gzip
+import io
+import json
+import math
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from zofl_jax.data.sources import DataError
+
+Row = dict[str, Any]
+"""A column's name -> str, int or float, or a list of str (answers that are all right)."""
+
+_Record = tuple[int, Row]  # the number of the line it begins on, from 1
+
+REVIEWS_FILE = "movie_reviews.tsv"
+_REVIEWS_HELD_OUT = 872  # as many as SST-2's validation set has
+_NEUTRAL = 0.5  # reviews with scores nearer to 0 say neither
+
+
+class TextData(NamedTuple):
+    """Rows for training and rows held out, neither empty."""
+
+    train: list[Row]
+    test: list[Row]
+    name: str  # for people
+
+
+def reviews(folder: str | Path) -> TextData:
+    """Reads sentences from film reviews, labelled by what people thought of their sentiment.
+
+    A line of movie_reviews.tsv is an id, the mean score of 20 people in [-4, 4] and the
+    sentence; there is no header. Sentences with |score| < 0.5 are left out; the label is 1 where
+    score > 0. The rest is shuffled by random.Random(0), and the first 872 are held out.
+
+    Ref: C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment
+    Analysis of Social Media Text", ICWSM 2014.
+
+    Args:
+      folder: the folder of movie_reviews.tsv, or a file like it.
+
+    Returns:
+      Rows {"text": str, "label": 0 or 1}.
+
+    Raises:
+      DataError: for a missing or malformed file.
+    """
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        path = path / REVIEWS_FILE
+    if not path.is_file():
+        raise DataError(f"there is no file {path}: fetch the film reviews by `make reviews`")
+    kept: list[Row] = []
+    # The raters' file is not all UTF-8.
+    for number, line in _lines(_read(path).decode("utf-8", errors="replace")):
+        try:
+            _, score, text = line.split("\t", 2)
+            polarity = float(score)
+        except ValueError:
+            raise DataError(
+                f"{path}, line {number}: expected an id, a score and a sentence, separated by tabs"
+            ) from None
+        if abs(polarity) >= _NEUTRAL:
+            kept.append({"text": text, "label": int(polarity > 0)})
+    random.Random(0).shuffle(kept)
+    test, train = kept[:_REVIEWS_HELD_OUT], kept[_REVIEWS_HELD_OUT:]
+    if not train:
+        raise DataError(
+            f"{path} has {len(kept)} reviews with |score| >= {_NEUTRAL}: none is left for "
+            f"training when {_REVIEWS_HELD_OUT} are held out"
+        )
+    return TextData(train, test, "reviews")
+
+
+def table(path: str | Path, held_out: float = 0.1) -> TextData:
+    """Reads rows from files of one's own: .tsv, .csv or .jsonl, plain or with .gz after it.
+
+    TSV and CSV begin with a line of column names. TSV knows no quotes: a line is a row and a tab
+    separates fields; CSV's fields may be quoted. Their values are text. JSON lines hold one
+    object each, all with the same names. Files are UTF-8; empty lines are skipped.
+
+    Args:
+      path: a folder with train.ENDING and test.ENDING; or one file, whose rows are shuffled by
+        random.Random(0) before the first are held out.
+      held_out: the share of one file's rows that is held out, rounded up.
+
+    Raises:
+      DataError: for missing, malformed or empty files.
+      ValueError: unless 0 < held_out < 1.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"the share of rows held out must be in (0, 1), got {held_out}")
+    path = Path(path).expanduser()
+    if path.is_dir():
+        train, test = (_read_table(_split_file(path, split)) for split in ("train", "test"))
+        return TextData(train, test, path.resolve().name)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}: give a file, or a folder with train and test")
+    rows = _read_table(path)
+    random.Random(0).shuffle(rows)
+    count = math.ceil(held_out * len(rows))
+    if count == len(rows):
+        raise DataError(
+            f"{path} has {len(rows)} row(s): none is left for training when {count} are held out"
+        )
+    return TextData(rows[count:], rows[:count], path.name.split(".")[0])
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    names = [f"{split}{ending}{packed}" for ending in _READERS for packed in ("", ".gz")]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise DataError(f"{folder} has no {split} split: looked for {', '.join(names)}")
+    if len(found) > 1:
+        raise DataError(
+            f"{folder} has both {found[0].name} and {found[1].name}: leave one of them there"
+        )
+    return found[0]
+
+
+def _read_table(path: Path) -> list[Row]:
+    ending = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if ending not in _READERS:
+        raise DataError(
+            f"{path} is of no known kind: its name must end in one of {', '.join(_READERS)}, and "
+            ".gz may follow"
+        )
+    data = _read(path)
+    try:
+        text = data.decode("utf-8-sig")  # spreadsheets begin files with a byte-order mark
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8: convert the "
+            "file to UTF-8"
+        ) from None
+    records = list(_READERS[ending](path, text))
+    if not records:
+        raise DataError(f"{path} has no rows")
+    (first, columns), *rest = records
+    for line, row in rest:
+        for one, other, here, there in ((row, columns, line, first), (columns, row, first, line)):
+            if lacking := [name for name in other if name not in one]:
+                raise DataError(
+                    f"{path}, line {here} lacks {', '.join(lacking)}, which line {there} has"
+                )
+    return [row for _, row in records]
+
+
+def _tsv(path: Path, text: str) -> Iterator[_Record]:
+    return _with_header(path, ((number, line.split("\t")) for number, line in _lines(text)))
+
+
+def _csv(path: Path, text: str) -> Iterator[_Record]:
+    return _with_header(path, _csv_fields(path, text))
+
+
+def _csv_fields(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        number = reader.line_num + 1  # a quoted field may go over many lines
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{path}, line {number}: malformed CSV: {error}") from None
+        if fields:
+            yield number, fields
+
+
+def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[_Record]:
+    _, header = next(lines, (0, []))
+    if repeated := {name for name in header if header.count(name) > 1}:
+        raise DataError(f"{path} has several columns called {min(repeated)!r}: rename them")
+    for number, fields in lines:
+        if len(fields) != len(header):
+            raise DataError(
+                f"{path}, line {number}: {len(fields)} fields, but the header has "
+                f"{len(header)} ({', '.join(header)})"
+            )
+        yield number, dict(zip(header, fields, strict=True))
+
+
+def _jsonl(path: Path, text: str) -> Iterator[_Record]:
+    for number, line in _lines(text):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: malformed JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(
+                f'{path}, line {number}: expected an object like {{"text": ...}}, found {line!r}'
+            )
+        yield number, row
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[_Record]]] = {
+    ".tsv": _tsv,
+    ".csv": _csv,
+    ".jsonl": _jsonl,
+}
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Yields the lines that aren't empty, each with its number.
+
+    Only a line feed ends one, with or without a carriage return: `str.splitlines` would also
+    break at characters that stand inside sentences.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line := line.removesuffix("\r"):
+            yield number, line
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,165 @@
+"""From texts to arrays of token ids in a few shapes.
+
+Prompts are padded on the left, so that every prompt ends in the last column, and cut on the
+left where they are too long. `in_buckets` evaluates a function on the shortest of a few
+lengths that holds all prompts of a batch: shapes stay few, and padding costs little.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zofl_jax.core import Array
+from zofl_jax.models.tokenizers import Tokenizer
+
+NUM_BUCKETS = 3
+_MULTIPLE = 8  # bucket lengths are multiples of it
+
+
+class Encoded(NamedTuple):
+    """Token ids of n texts, padded to the longest."""
+
+    tokens: np.ndarray  # int32 [n, T]
+    length: np.ndarray  # int32 [n], how many of them are real
+    num_truncated: int  # texts that lost tokens
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the ids of a text that starts a sequence: with the token that starts a text.
+
+    Some tokenizers know such a token and leave it to their callers, as SmolLM2's does.
+    """
+    ids = tokenizer.encode(text)
+    if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:
+        return ids
+    return [tokenizer.bos_id, *ids]
+
+
+def single_tokens(tokenizer: Tokenizer, answers: Sequence[str]) -> np.ndarray:
+    """Returns the ids of answers that are one token each, int32 [C].
+
+    Raises:
+      ValueError: for an answer of several tokens (they are listed), or two with the same token.
+    """
+    found: dict[int, str] = {}
+    for answer in answers:
+        ids = tokenizer.encode(answer, special=False)
+        if len(ids) != 1:
+            pieces = ", ".join(repr(tokenizer.decode([i], special=True)) for i in ids)
+            raise ValueError(
+                f"the verbalizer {answer!r} is not one token but {len(ids)} ({pieces}): choose "
+                "another word"
+            )
+        if ids[0] in found:
+            raise ValueError(
+                f"the verbalizers {found[ids[0]]!r} and {answer!r} are the same token: choose "
+                "different words"
+            )
+        found[ids[0]] = answer
+    return np.array(list(found), np.int32)
+
+
+def pad_left(ids: Sequence[Sequence[int]], limit: int, pad_id: int) -> Encoded:
+    """Returns ids padded on the left to the longest; those over `limit` lose their beginning.
+
+    The first token stays where a text is cut: it is the one that starts a text.
+
+    >>> pad_left([[1, 5], [1, 6, 7, 8]], limit=3, pad_id=0).tokens.tolist()
+    [[0, 1, 5], [1, 7, 8]]
+
+    Raises:
+      ValueError: if there are no texts or one is empty, or for a limit below 2.
+    """
+    if limit < 2:
+        raise ValueError(f"the longest prompt must have at least 2 tokens, got {limit}")
+    _check(ids)
+    cut = [[x[0], *x[len(x) - limit + 1 :]] if len(x) > limit else x for x in ids]
+    length = np.array([len(x) for x in cut], np.int32)
+    tokens = np.full((len(cut), length.max()), pad_id, np.int32)
+    for row, x in zip(tokens, cut, strict=True):
+        row[len(row) - len(x) :] = x
+    return Encoded(tokens, length, sum(len(x) > limit for x in ids))
+
+
+def pad_right(ids: Sequence[Sequence[int]], limit: int, pad_id: int) -> Encoded:
+    """Returns ids padded on the right to the longest; those over `limit` lose their end.
+
+    Raises:
+      ValueError: if there are no texts or one is empty.
+    """
+    _check(ids)
+    length = np.minimum([len(x) for x in ids], limit).astype(np.int32)
+    tokens = np.full((len(ids), length.max()), pad_id, np.int32)
+    for row, x, n in zip(tokens, ids, length, strict=True):
+        row[:n] = x[:n]
+    return Encoded(tokens, length, sum(len(x) > limit for x in ids))
+
+
+def buckets(lengths: np.ndarray, longest: int) -> tuple[int, ...]:
+    """Returns up to `NUM_BUCKETS` increasing lengths, the last one `longest`.
+
+    They are spread between the median and the longest: a batch is as long as its longest text.
+
+    Args:
+      lengths: int [n], of the texts.
+      longest: columns of the padded array, at least the largest of them.
+
+    >>> buckets(np.array([20, 24, 28, 64]), 64)
+    (40, 56, 64)
+    """
+    shortest = min(int(np.median(lengths)), longest)
+    steps = np.linspace(shortest, longest, NUM_BUCKETS + 1)[1:]
+    rounded = {min(-(-int(step) // _MULTIPLE) * _MULTIPLE, longest) for step in steps}
+    return tuple(sorted(rounded | {longest}))
+
+
+def in_buckets(
+    fn: Callable[[Array, Array], Any], tokens: Array, length: Array, sizes: Sequence[int]
+) -> Any:
+    """Returns fn(tokens [B, L], mask [B, L]) at the shortest L of `sizes` that loses nothing.
+
+    The result must not depend on L: that is what the mask is for. Under a `vmap` one L is
+    chosen for all elements, so that one branch runs and not all of them.
+
+    Args:
+      fn: any traceable function.
+      tokens: int32 [B, T], padded on the left.
+      length: int32 [B].
+      sizes: from `buckets`, the last one T.
+    """
+
+    def branch(size: int) -> Callable[[Array, Array], Any]:
+        def evaluate(tokens: Array, length: Array) -> Any:
+            mask = jnp.arange(size) >= size - length[:, None]
+            return fn(tokens[:, tokens.shape[1] - size :], mask)
+
+        return evaluate
+
+    if len(sizes) == 1:
+        return branch(sizes[0])(tokens, length)
+    longest = _largest(jnp.max(length))
+    index = jnp.sum(longest > np.array(sizes[:-1]))
+    return jax.lax.switch(index, [branch(size) for size in sizes], tokens, length)
+
+
+@jax.custom_batching.custom_vmap
+def _largest(x: Array) -> Array:
+    """Returns x; under a vmap, the largest of all elements' x, for all of them."""
+    return x
+
+
+@_largest.def_vmap
+def _largest_of_all(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Array, bool]:
+    del axis_size, in_batched
+    return _largest(jnp.max(x, axis=0)), False
+
+
+def _check(ids: Sequence[Sequence[int]]) -> None:
+    if not ids:
+        raise ValueError("there are no texts to encode: the split is empty")
+    for i, x in enumerate(ids):
+        if not len(x):
+            raise ValueError(f"text {i} has no tokens: remove it from the data")
