@@ -116,13 +116,7 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
     if values["model"] is None:
         from experiments import fetch
 
-        path = fetch.default_model_path()
-        if not path.is_file():
-            raise ValueError(
-                f"--task={task} needs --model=gguf:FILE or --model=hf:FOLDER_OR_NAME; make smollm2 "
-                f"fetches one that is used unless another is given"
-            )
-        values["model"] = f"gguf:{path}"
+        values["model"] = f"gguf:{fetch.default_model_path()}"
     if values["model"].partition(":")[0] not in ("gguf", "hf"):
         raise ValueError(
             f"--model={values['model']} is no language model: use gguf:FILE or hf:FOLDER_OR_NAME"
@@ -228,9 +222,16 @@ def notices(built: "LanguageTask") -> tuple[str, ...]:
 
 def load_model(values: Values, root: keys.RootKeys) -> "LanguageModel":
     """Returns the model of `--model`, split into what is trained and what isn't."""
+    from experiments import fetch
     from zofl_jax.models import weights
     from zofl_jax.tasks import language
 
+    default = fetch.default_model_path()
+    if values["model"] == f"gguf:{default}" and not default.is_file():
+        raise ValueError(
+            f"--task={values['task']} needs --model=gguf:FILE or --model=hf:FOLDER_OR_NAME, or make "
+            "smollm2, which fetches the one that is used unless another is given"
+        )
     config, params, tokenizer = weights.load(values["model"], values["dtype"])
     pattern = values["train_only"]
     return language.adapt(

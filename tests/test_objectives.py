@@ -5,10 +5,15 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from zofl_jax.tasks import objectives
+from zofl_jax import estimators, keys, simulation
+from zofl_jax.algorithms import decomfl
+from zofl_jax.data import partition, sources
+from zofl_jax.models.mlp import Softmax
+from zofl_jax.tasks import objectives, vision
 
 RNG = np.random.default_rng(3)
 
@@ -42,3 +47,18 @@ def test_there_is_indeed_no_gradient(name):
     scores, labels = RNG.normal(size=(8, 3)).astype(np.float32), RNG.integers(0, 3, 8)
     gradient = jax.grad(objectives.CLASSIFICATION[name])(jnp.asarray(scores), labels)
     assert not np.any(gradient)
+
+
+def test_accuracy_itself_can_be_improved_on_digits(quick_compile):
+    """The forward and the central difference both see what has no gradient."""
+    dataset = sources.digits()
+    root = keys.root(0)
+    order, offsets = partition.iid(root.partition, dataset.train["label"], 20)
+    task = vision.classification(dataset, Softmax(10), order, offsets, objectives.error_rate)
+    for estimator in (estimators.central_difference, estimators.forward_difference):
+        algorithm = decomfl(task.loss, estimator(20, 0.2), optax.sgd(0.1, momentum=0.9))
+        simulator = simulation.make_simulator(algorithm, task, clients_per_round=5, batch_size=32)
+        before = simulator.evaluate(task.init(root.init))["accuracy"]
+        after = simulation.run(simulator, rounds=60).history[-1].metrics["accuracy"]
+        assert before < 0.2
+        assert after > 0.6
