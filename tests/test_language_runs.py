@@ -121,6 +121,8 @@ def test_exports_compute_what_the_run_computes(trained, commands):
     )
 
 
+# peft calls what transformers deprecates.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("adapters", [True, False])
 def test_transformers_loads_an_export_to_the_same_logits(trained, commands, adapters):
     """LoRA adapters through peft, and a fully trained model."""
