@@ -229,8 +229,8 @@ def load_model(values: Values, root: keys.RootKeys) -> "LanguageModel":
     default = fetch.default_model_path()
     if values["model"] == f"gguf:{default}" and not default.is_file():
         raise ValueError(
-            f"--task={values['task']} needs --model=gguf:FILE or --model=hf:FOLDER_OR_NAME, or make "
-            "smollm2, which fetches the one that is used unless another is given"
+            f"--task={values['task']} needs --model=gguf:FILE or --model=hf:FOLDER_OR_NAME; make "
+            "smollm2 fetches the one that is used unless another is given"
         )
     config, params, tokenizer = weights.load(values["model"], values["dtype"])
     pattern = values["train_only"]
