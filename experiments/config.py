@@ -9,14 +9,16 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
+from jax.sharding import Mesh
 
 from experiments import language
 from experiments.entry import UserError
-from zofl_jax import estimators, keys, perturbations, simulation
+from zofl_jax import estimators, keys, perturbations, placement, simulation
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import LossFn, Phase, Task
 from zofl_jax.data import partition, sources, tfds
@@ -216,12 +218,19 @@ def resolve() -> dict[str, Any]:
 
 
 @_as_user_errors()
-def build(values: Values) -> Experiment:
+def build(values: Values, devices: int | None = None) -> Experiment:
     """Returns the task and the simulator that flags describe.
+
+    Args:
+      values: from `resolve`.
+      devices: how many devices the cohort is shared out over. Unless given, all accelerators;
+        on a CPU as many as it has cores for convolutional models, which use one thread a
+        device, and one for others, whose products use all cores.
 
     Raises:
       UserError: for data that is missing or malformed, or flags that don't fit it.
     """
+    mesh = _mesh(values, devices)
     root = keys.root(values["seed"], values["prng_impl"])
     label_counts, minimum, built_language = None, None, None
     notices: tuple[str, ...] = ()
@@ -257,6 +266,7 @@ def build(values: Values) -> Experiment:
         prng_impl=values["prng_impl"],
         weighting=values["weighting"],
         eval_batch_size=LANGUAGE_EVAL_BATCH if built_language else EVAL_BATCH,
+        mesh=mesh,
     )
     return Experiment(task, simulator, label_counts, minimum, built_language, notices)
 
@@ -321,6 +331,18 @@ def parse_schedule(text: str) -> list[Change]:
                 f"got {part!r}"
             )
     return changes
+
+
+def _mesh(values: Values, devices: int | None) -> Mesh | None:
+    one = devices is None and values["model"] not in CONVOLUTIONAL
+    placement.use_cpu_devices(1 if one else devices)
+    found = jax.local_devices()
+    if one and found[0].platform == "cpu":
+        devices = 1
+    if devices is not None and devices > len(found):
+        raise ValueError(f"--devices={devices}: there are only {len(found)}")
+    wanted = len(found) if devices is None else devices
+    return placement.clients_mesh(found[: min(wanted, values["clients_per_round"])])
 
 
 def _piecewise(changes: list[Change], field: str, start: float) -> optax.Schedule:

@@ -30,6 +30,13 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("tensorboard", False, "Write TensorBoard events to WORKDIR/tensorboard.")
 flags.DEFINE_bool("progress", True, "Show a progress bar.")
+flags.DEFINE_integer(
+    "devices",
+    None,
+    "Devices that the clients of a round are shared out over. Unless given, all accelerators; on a "
+    "CPU its cores for convolutional models, 1 for others.",
+    lower_bound=1,
+)
 
 MAY_CHANGE = ("rounds", "eval_every")
 """Flags that may differ when a run is resumed: they change no round already done."""
@@ -44,7 +51,7 @@ def main() -> None:
     values = config.resolve()
     workdir = Path(FLAGS.workdir or default_workdir(values))
     # A new run is built before its directory is made, so that a mistake leaves nothing.
-    experiment = None if workdir.exists() else config.build(values)
+    experiment = None if workdir.exists() else config.build(values, FLAGS.devices)
     with open_run(workdir, values, MAY_CHANGE) as run:
         _train(run, values, experiment)
 
@@ -79,7 +86,7 @@ def _train(run: Run, values: config.Values, experiment: config.Experiment | None
         _print_table(summary)
         return
 
-    experiment = experiment or config.build(values)
+    experiment = experiment or config.build(values, FLAGS.devices)
     simulator = experiment.simulator
     repaired = run.notice
     progress, notice = recording.restore(run, simulator)
@@ -194,9 +201,13 @@ def summarise(
         "compile_seconds": experiment.simulator.compile_seconds(),
         "run_seconds": progress.run_seconds,
         "seconds_per_round": progress.run_seconds / max(rounds_done, 1),
-        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "device": _device_name(experiment.simulator.num_devices),
         "versions": versions(),
     }
+
+
+def _device_name(count: int) -> str:
+    return f"{jax.devices()[0].device_kind} x {count}"
 
 
 def versions() -> dict[str, str]:

@@ -257,7 +257,7 @@ def test_mistakes_end_with_one_sentence_and_leave_nothing(copied, commands):
     (commands.folder / "notes" / "thesis.tex").touch()
     same = ["--flagfile=quadratic.flags", "--workdir=run"]
     cases = [
-        (["--task=nonsense"], r"--task=nonsense is unknown; use digits, idx, npz, tfds:NAME or"),
+        (["--task=nonsense"], r"--task=nonsense is unknown; use digits, idx, npz, tfds:NAME, "),
         (["--task=npz"], r"--task=npz needs --data_dir="),
         (["--task=npz", "--data_dir=no.npz"], r"there is no file no\.npz: "),
         (["--clients_per_round=30"], r"--clients_per_round=30 is more than --num_clients=20"),

@@ -18,13 +18,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from zofl_jax import keys, participation
+from zofl_jax import keys, participation, placement
 from zofl_jax.core import (
     Algorithm,
     Array,
     Broadcast,
     ClientData,
+    ClientResult,
     Params,
     PRNGKey,
     ServerState,
@@ -63,9 +65,16 @@ def make_advance(
     clients_per_round: int,
     batch_size: int,
     weighting: Weighting,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Loop]:
-    """Returns (state, memory, train, root, limit) -> Loop: up to `limit` rounds."""
+    """Returns (state, memory, train, root, limit) -> Loop: up to `limit` rounds.
+
+    The clients are shared out over the devices of `mesh`.
+    """
     num_clients = task.train.num_clients
+
+    def clients(shared: tuple, each: tuple) -> ClientResult:
+        return jax.vmap(algorithm.client, in_axes=(None, None, 0, 0))(*shared, *each)
 
     def exchange(
         state: ServerState, memory: Any, train: ClientData, root: keys.RootKeys
@@ -77,8 +86,8 @@ def make_advance(
         batches = jax.vmap(
             lambda key, c: data_batches.sample(key, train, c, batch_size, algorithm.local_steps)
         )(batch_keys, cohort)
-        results = jax.vmap(algorithm.client, in_axes=(None, None, 0, 0))(
-            keys.round_key(root.shared, r), state, _rows(memory, cohort), batches
+        results = placement.over_devices(clients, mesh)(
+            (keys.round_key(root.shared, r), state), (_rows(memory, cohort), batches)
         )
         weights = jnp.ones(clients_per_round, jnp.float32)
         if weighting == "examples":

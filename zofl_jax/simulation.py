@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from zofl_jax import compilation, keys, ledger, participation
+from zofl_jax import compilation, keys, ledger, participation, placement
 from zofl_jax import rounds as traced
 from zofl_jax.core import Algorithm, Array, Broadcast, Params, Phase, ServerState, Task
 from zofl_jax.data import batches as data_batches
@@ -90,6 +91,7 @@ class Simulator(NamedTuple):
       seeds: round indices [n], n <= `rounds.CAPACITY` -> the raw words of the shared keys
         as they are sent, uint32 [n, words].
       compile_seconds: () -> seconds spent on compilation so far.
+      num_devices: that the cohort is shared out over.
     """
 
     task: Task
@@ -104,6 +106,7 @@ class Simulator(NamedTuple):
     cohorts: Callable[[np.ndarray], np.ndarray]
     seeds: Callable[[np.ndarray], np.ndarray]
     compile_seconds: Callable[[], float]
+    num_devices: int = 1
 
 
 class Diverged(ArithmeticError):  # noqa: N818 (the name says what happened)
@@ -130,6 +133,7 @@ def make_simulator(
     prng_impl: str = "threefry2x32",
     weighting: traced.Weighting = "uniform",
     eval_batch_size: int = 512,
+    mesh: Mesh | None = None,
 ) -> Simulator:
     """Returns the compiled functions that simulate `algorithm` on `task`.
 
@@ -142,6 +146,7 @@ def make_simulator(
       prng_impl: generator of the shared directions, see `keys.root`.
       weighting: the cohort's mean is uniform, or weighted by the clients' examples.
       eval_batch_size: test examples evaluated at once.
+      mesh: devices that the cohort is shared out over, see `placement`; one unless given.
 
     Raises:
       ValueError: for a cohort larger than the population, phases out of order or clients
@@ -157,8 +162,11 @@ def make_simulator(
         raise ValueError(f"weighting must be 'uniform' or 'examples', got {weighting!r}")
     partition.check_batch_size(np.asarray(task.train.offsets), batch_size)
 
-    train = jax.device_put(task.train)
-    test, mask = jax.device_put(data_batches.evaluation_batches(task.test, eval_batch_size))
+    def place(tree: Any) -> Any:
+        return placement.replicated(jax.device_put(tree), mesh)
+
+    train, placed_root = place(task.train), place(root)
+    test, mask = place(data_batches.evaluation_batches(task.test, eval_batch_size))
     compiler = _Compiler()
 
     def start(params: Params | None = None) -> Progress:
@@ -169,7 +177,7 @@ def make_simulator(
             lambda m: jnp.repeat(m[None], num_clients, axis=0), first.init_memory(params)
         )
         # A copy, since `advance` consumes the state it is given.
-        state = jax.tree.map(jnp.copy, first.init(params))
+        state = place(jax.tree.map(jnp.copy, first.init(params)))
         return Progress(state, memory, ledger.Ledger(num_clients), [], [])
 
     def advance(state: ServerState, memory: Any, n: int) -> tuple[ServerState, Any, Trace]:
@@ -178,8 +186,8 @@ def make_simulator(
         chosen = phases[phase].algorithm
         loop = compiler.call(
             ("advance", phase),
-            traced.make_advance(chosen, task, clients_per_round, batch_size, weighting),
-            (state, memory, train, root, np.int32(n)),
+            traced.make_advance(chosen, task, clients_per_round, batch_size, weighting, mesh),
+            (place(state), place(memory), train, placed_root, np.int32(n)),
             donate=(0, 1),
         )
         done = int(loop.done)
@@ -196,11 +204,11 @@ def make_simulator(
         return loop.state, loop.memory, trace
 
     def evaluate(params: Params) -> dict[str, float]:
-        means = compiler.call("evaluate", traced.make_evaluate(task), (params, test, mask))
+        means = compiler.call("evaluate", traced.make_evaluate(task), (place(params), test, mask))
         return {name: float(value) for name, value in means.items()}
 
     def replay(state: ServerState, words: np.ndarray, broadcasts: Broadcast) -> ServerState:
-        state = jax.tree.map(jnp.copy, state)
+        state = place(jax.tree.map(jnp.copy, state))
         for at in range(0, len(words), traced.CAPACITY):
             first_round = int(state.round)
             n = min(len(words) - at, traced.CAPACITY)
@@ -263,6 +271,7 @@ def make_simulator(
         cohorts,
         seeds,
         lambda: sum(compiler.seconds),
+        1 if mesh is None else mesh.size,
     )
 
 
