@@ -95,11 +95,7 @@ def forward(config: Config, params: Any) -> dict[str, Any]:
     began = time.perf_counter()
     compiled = jax.jit(scores).lower(params, tokens, mask).compile()
     compile_seconds = time.perf_counter() - began
-    matrices = sum(
-        leaf.size
-        for leaf in jax.tree.leaves(params["layers"])
-        if leaf.shape[-1] > 1 < leaf.ndim - 1
-    )
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim == 3)
     product = BATCH * LENGTH * config.width * config.mlp_width
     count = round(BATCH * LENGTH * matrices / product)
     x = jnp.asarray(random.standard_normal((BATCH * LENGTH, config.width), np.float32))

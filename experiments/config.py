@@ -6,7 +6,9 @@ and the builders below turn that dict into library objects.
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,13 +18,14 @@ import optax
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments import language
+from experiments import language, partitions
 from experiments.entry import UserError
-from zofl_jax import estimators, keys, perturbations, placement, simulation
+from zofl_jax import estimators, keys, perturbations, placement, recording, simulation
 from zofl_jax.algorithms import decomfl
-from zofl_jax.core import LossFn, Phase, Task
+from zofl_jax.core import LossFn, Phase, ServerState, Task
 from zofl_jax.data import partition, sources, tfds
 from zofl_jax.models import cnn, mlp
+from zofl_jax.runs import open_run
 from zofl_jax.tasks import benchmarks, objectives, quadratic, vision
 
 if TYPE_CHECKING:
@@ -139,7 +142,11 @@ class Experiment(NamedTuple):
     label_counts: np.ndarray | None  # [num_clients, num_classes]
     minimum: float | None  # the least test loss, where it is known
     language: "LanguageTask | None" = None  # of texts
-    notices: tuple[str, ...] = ()  # sentences for the user
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Sentences for the user."""
+        return language.notices(self.language) if self.language else ()
 
 
 class Change(NamedTuple):
@@ -233,7 +240,6 @@ def build(values: Values, devices: int | None = None) -> Experiment:
     mesh = _mesh(values, devices)
     root = keys.root(values["seed"], values["prng_impl"])
     label_counts, minimum, built_language = None, None, None
-    notices: tuple[str, ...] = ()
     if values["task"] == "quadratic":
         built = quadratic.quadratic(
             root.partition,
@@ -247,7 +253,7 @@ def build(values: Values, devices: int | None = None) -> Experiment:
         task, minimum = built.task, built.minimum
     elif language.is_language_task(values["task"]):
         built_language, label_counts = language.build(values, root)
-        task, notices = built_language.task, language.notices(built_language)
+        task = built_language.task
     else:
         dataset = _dataset(values)
         order, offsets = _partition(values, dataset, root)
@@ -268,7 +274,37 @@ def build(values: Values, devices: int | None = None) -> Experiment:
         eval_batch_size=LANGUAGE_EVAL_BATCH if built_language else EVAL_BATCH,
         mesh=mesh,
     )
-    return Experiment(task, simulator, label_counts, minimum, built_language, notices)
+    return Experiment(task, simulator, label_counts, minimum, built_language)
+
+
+def rebuild(
+    workdir: Path,
+    values: Values,
+    experiment: Experiment,
+    round_index: int | None,
+    *,
+    nearest: bool = False,
+) -> tuple[ServerState, int, bool | None]:
+    """Returns the state of a run after a round, that round, and `recording.rebuild`'s check.
+
+    Args:
+      workdir: the run directory.
+      values: the run's own flags.
+      experiment: built from them.
+      round_index: rounds done; the last logged one if None.
+      nearest: whether to start from the nearest snapshot, not from round 0.
+
+    Raises:
+      RunError: if the run can't be opened or doesn't hold that round.
+    """
+    with open_run(workdir, values) as run:
+        try:
+            done = run.log.last_round + 1 if round_index is None else round_index
+            state, same = recording.rebuild(run, experiment.simulator, done, nearest=nearest)
+        finally:
+            if run.notice:
+                print(f"note: {run.notice}", file=sys.stderr)
+    return state, done, same
 
 
 def build_phases(values: Values, loss_fn: LossFn) -> list[Phase]:
@@ -407,16 +443,6 @@ def _dataset(values: Values) -> sources.Dataset:
 def _partition(
     values: Values, dataset: sources.Dataset, root: keys.RootKeys
 ) -> partition.Partition:
-    labels, num_clients = dataset.train["label"], values["num_clients"]
-    kind = values["partition"]
-    if kind == "iid":
-        return partition.iid(root.partition, labels, num_clients)
-    if kind == "dirichlet":
-        return partition.dirichlet(
-            root.partition, labels, num_clients, values["dirichlet_alpha"], values["batch_size"]
-        )
-    if kind == "shards":
-        return partition.shards(root.partition, labels, num_clients, values["shards_per_client"])
-    if dataset.client_ids is None:
+    if values["partition"] == "natural" and dataset.client_ids is None:
         raise ValueError(f"--partition=natural: {dataset.name} names no owners of its examples")
-    return partition.natural(dataset.client_ids)
+    return partitions.share_out(values, dataset.train["label"], root, dataset.client_ids)

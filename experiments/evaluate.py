@@ -20,9 +20,9 @@ import tqdm
 from absl import flags
 
 from experiments import config, entry, language
-from zofl_jax import keys, recording
+from zofl_jax import keys
 from zofl_jax.core import Params
-from zofl_jax.runs import open_run, read_flags
+from zofl_jax.runs import read_flags
 
 flags.DEFINE_string("workdir", None, "Run directory; the untrained model unless given.")
 flags.DEFINE_integer("round", None, "Rounds done; the last logged one unless given.")
@@ -101,13 +101,7 @@ def _trained() -> tuple[config.Experiment, Params, str]:
             )
     changed = values | {name: FLAGS[name].value for name in given & set(EVALUATION_FLAGS)}
     experiment = config.build(changed)
-    with open_run(workdir, values) as run:
-        try:
-            done = run.log.last_round + 1 if FLAGS.round is None else FLAGS.round
-            state, _ = recording.rebuild(run, experiment.simulator, done, nearest=True)
-        finally:
-            if run.notice:
-                print(f"note: {run.notice}", file=sys.stderr)
+    state, done, _ = config.rebuild(workdir, values, experiment, FLAGS.round, nearest=True)
     return experiment, state.params, f"{workdir} after {done} rounds"
 
 
@@ -124,10 +118,8 @@ def _of_language(built: Any, params: Params) -> tuple[dict[str, Any], int]:
 
         size = FLAGS.eval_batch_size
         if built.scores is not None:
-            return (
-                dict(evaluation.classification(built, params, batch_size=size, watch=watch)),
-                num_examples,
-            )
+            found = evaluation.classification(built, params, batch_size=size, watch=watch)
+            return found, num_examples
         found, _ = evaluation.generation(
             built,
             params,
@@ -138,7 +130,7 @@ def _of_language(built: Any, params: Params) -> tuple[dict[str, Any], int]:
             batch_size=size,
             watch=watch,
         )
-        return dict(found), num_examples
+        return found, num_examples
 
 
 if __name__ == "__main__":

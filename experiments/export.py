@@ -7,15 +7,13 @@ The folder holds weights, configuration and tokenizer, and is read by transforme
 alone, as peft reads them.
 """
 
-import sys
 from pathlib import Path
 
 from absl import flags
 
 from experiments import config, entry, language
-from zofl_jax import recording
 from zofl_jax.core import Params
-from zofl_jax.runs import open_run, read_flags
+from zofl_jax.runs import read_flags
 
 flags.DEFINE_string("workdir", None, "Run directory.", required=True)
 flags.DEFINE_string("out", None, "Folder to write; it must not exist or be empty.", required=True)
@@ -42,13 +40,7 @@ def main() -> None:
         raise entry.UserError(f"--out={out} exists and is not an empty folder; name another")
     experiment = config.build(values)
     assert experiment.language is not None
-    with open_run(workdir, values) as run:
-        try:
-            done = run.log.last_round + 1 if FLAGS.round is None else FLAGS.round
-            state, _ = recording.rebuild(run, experiment.simulator, done, nearest=True)
-        finally:
-            if run.notice:
-                print(f"note: {run.notice}", file=sys.stderr)
+    state, done, _ = config.rebuild(workdir, values, experiment, FLAGS.round, nearest=True)
     model = experiment.language.model
     try:
         _write(out, model, state.params, str(values["model"]))

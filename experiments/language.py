@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from absl import flags
 
+from experiments import fetch, partitions
 from zofl_jax import keys
 from zofl_jax.data import partition
 from zofl_jax.data import text as text_data
-from zofl_jax.tasks import benchmarks, prompts
+from zofl_jax.tasks import benchmarks, objectives, prompts
 
 if TYPE_CHECKING:
     from zofl_jax.tasks.language import LanguageModel, LanguageTask
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 Values = Mapping[str, Any]
 
 OWN_DATA = "text"
-OBJECTIVES = ("cross_entropy", "sequence", "accuracy", "f1")
-
 DEFAULTS = {
     "num_clients": 8,
     "clients_per_round": 2,
@@ -42,7 +41,7 @@ for the learning rate, which suits SmolLM2-135M; theirs is 5e-6 for OPT-125M."""
 flags.DEFINE_enum(
     "objective",
     None,
-    list(OBJECTIVES),
+    [*objectives.CLASSIFICATION, "sequence"],
     "What is improved: the cross-entropy of the classes (unless given), that of the answer in the "
     "whole vocabulary (sequence; for written answers unless given), accuracy, or F1 (of the "
     "tokens, for written answers).",
@@ -114,8 +113,6 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
     task = values["task"]
     values.update({name: value for name, value in DEFAULTS.items() if name not in given})
     if values["model"] is None:
-        from experiments import fetch
-
         values["model"] = f"gguf:{fetch.default_model_path()}"
     if values["model"].partition(":")[0] not in ("gguf", "hf"):
         raise ValueError(
@@ -130,8 +127,6 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
         if values["template"] is None:
             values["template"] = f"{{{values['text_column']}}} It was"
     if task == "reviews" and values["data_dir"] is None:
-        from experiments import fetch
-
         values["data_dir"] = str(fetch.default_reviews_folder())
     for name in ("lora_pattern", "train_only"):
         try:
@@ -180,32 +175,19 @@ def build(values: Values, root: keys.RootKeys) -> tuple["LanguageTask", np.ndarr
         labels, num_classes = np.zeros(len(data.train), np.int32), 1
     else:
         labels, num_classes = prompts.class_ids(prompt, data.train), len(prompt.answers)
-    order, offsets = _partition(values, data, labels, root)
+    order, offsets = partitions.share_out(values, labels, root, _client_ids(values, data))
     model = load_model(values, root)
     shots = random.Random(values["seed"]).sample(data.train, min(values["shots"], len(data.train)))
+    given = (model, data, prompt, order, offsets)
+    settings: dict[str, Any] = {
+        "objective": values["objective"],
+        "max_length": values["max_length"],
+        "shots": shots,
+    }
     if prompt.answers is None:
-        built = language.generation(
-            model,
-            data,
-            prompt,
-            order,
-            offsets,
-            objective=values["objective"],
-            max_length=values["max_length"],
-            max_new_tokens=values["max_new_tokens"],
-            shots=shots,
-        )
-        return built, None
-    built = language.classification(
-        model,
-        data,
-        prompt,
-        order,
-        offsets,
-        objective=values["objective"],
-        max_length=values["max_length"],
-        shots=shots,
-    )
+        longest = values["max_new_tokens"]
+        return language.generation(*given, max_new_tokens=longest, **settings), None
+    built = language.classification(*given, **settings)
     return built, partition.label_counts(labels, order, offsets, num_classes)
 
 
@@ -222,7 +204,6 @@ def notices(built: "LanguageTask") -> tuple[str, ...]:
 
 def load_model(values: Values, root: keys.RootKeys) -> "LanguageModel":
     """Returns the model of `--model`, split into what is trained and what isn't."""
-    from experiments import fetch
     from zofl_jax.models import weights
     from zofl_jax.tasks import language
 
@@ -285,18 +266,10 @@ def _prompt(values: Values) -> prompts.Prompt:
     return prompt
 
 
-def _partition(
-    values: Values, data: text_data.TextData, labels: np.ndarray, root: keys.RootKeys
-) -> partition.Partition:
-    num_clients, kind = values["num_clients"], values["partition"]
-    if kind == "iid":
-        return partition.iid(root.partition, labels, num_clients)
-    if kind == "dirichlet":
-        return partition.dirichlet(
-            root.partition, labels, num_clients, values["dirichlet_alpha"], values["batch_size"]
-        )
-    if kind == "shards":
-        return partition.shards(root.partition, labels, num_clients, values["shards_per_client"])
+def _client_ids(values: Values, data: text_data.TextData) -> np.ndarray | None:
+    """Returns who owns each training example, None where the partition doesn't ask."""
+    if values["partition"] != "natural":
+        return None
     column = values["client_column"]
     lacking = sum(column not in row for row in data.train)
     if lacking:
@@ -304,4 +277,4 @@ def _partition(
             f"--client_column={column} is missing in {lacking} rows of {data.name}, which has "
             f"{', '.join(data.train[0])}"
         )
-    return partition.natural(np.array([str(row[column]) for row in data.train]))
+    return np.array([str(row[column]) for row in data.train])

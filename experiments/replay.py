@@ -6,7 +6,6 @@
 evaluate the model; no client takes part.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import numpy as np
 from absl import flags
 
 from experiments import config, entry
-from zofl_jax import keys, recording, rounds
-from zofl_jax.runs import open_run, read_flags
+from zofl_jax import keys, rounds
+from zofl_jax.runs import read_flags
 
 flags.DEFINE_string("workdir", None, "Run directory.", required=True)
 flags.DEFINE_integer("round", None, "Rounds done; the last logged one unless given.")
@@ -30,13 +29,7 @@ def main() -> None:
     workdir = Path(FLAGS.workdir)
     values = read_flags(workdir)
     experiment = config.build(values)
-    with open_run(workdir, values) as run:
-        try:
-            done = run.log.last_round + 1 if FLAGS.round is None else FLAGS.round
-            state, same = recording.rebuild(run, experiment.simulator, done)
-        finally:
-            if run.notice:
-                print(f"note: {run.notice}", file=sys.stderr)
+    state, done, same = config.rebuild(workdir, values, experiment, FLAGS.round)
     metrics = experiment.simulator.evaluate(state.params)
     print(
         f"model after {done} rounds: " + ", ".join(f"test {k} {v:.4f}" for k, v in metrics.items())

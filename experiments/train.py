@@ -201,13 +201,9 @@ def summarise(
         "compile_seconds": experiment.simulator.compile_seconds(),
         "run_seconds": progress.run_seconds,
         "seconds_per_round": progress.run_seconds / max(rounds_done, 1),
-        "device": _device_name(experiment.simulator.num_devices),
+        "device": f"{jax.devices()[0].device_kind} x {experiment.simulator.num_devices}",
         "versions": versions(),
     }
-
-
-def _device_name(count: int) -> str:
-    return f"{jax.devices()[0].device_kind} x {count}"
 
 
 def versions() -> dict[str, str]:

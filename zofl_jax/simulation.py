@@ -8,6 +8,7 @@ an evaluation schedule, the count of bytes, and hooks for logs and progress bars
 may be taken up again from any `Progress`.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -162,11 +163,9 @@ def make_simulator(
         raise ValueError(f"weighting must be 'uniform' or 'examples', got {weighting!r}")
     partition.check_batch_size(np.asarray(task.train.offsets), batch_size)
 
-    def place(tree: Any) -> Any:
-        return placement.replicated(jax.device_put(tree), mesh)
-
-    train, placed_root = place(task.train), place(root)
-    test, mask = place(data_batches.evaluation_batches(task.test, eval_batch_size))
+    place = functools.partial(placement.replicated, mesh=mesh)
+    train, placed_root = place(jax.device_put(task.train)), place(root)
+    test, mask = place(jax.device_put(data_batches.evaluation_batches(task.test, eval_batch_size)))
     compiler = _Compiler()
 
     def start(params: Params | None = None) -> Progress:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from zofl_jax.core import Array, Batch, Params, PRNGKey, Task
+from zofl_jax.core import Array, Batch, LossFn, MetricsFn, Params, PRNGKey, Task
 from zofl_jax.data import partition
 from zofl_jax.data.text import Row, TextData
 from zofl_jax.models import lora, transformer
@@ -55,7 +55,7 @@ class LanguageTask(NamedTuple):
       model: as it was given.
       scores: (params, batch) -> the classes' scores [B, C]; None for written answers.
       references: the right answers to each text of the test set; None for classes.
-      max_new_tokens: the longest written answer in the training set.
+      max_new_tokens: the tokens of the longest reference answer; 1 for classes.
       num_truncated: texts of both splits that lost their beginning.
     """
 
@@ -146,48 +146,36 @@ def classification(
     examples, num_truncated = _prompts(model, data, prompt, shots, max_length, reserved=0)
     for part, rows in zip(examples, (data.train, data.test), strict=True):
         part["label"] = prompts.class_ids(prompt, rows).astype(np.int32)
-    sizes, among = _buckets(examples), candidates.tolist()
+    sizes = _buckets(examples)
 
-    def scores(params: Params, batch: Batch) -> Array:
+    def next_token(params: Params, batch: Batch, among: Sequence[int] | None) -> Array:
+        """Returns the scores of the token after each prompt, [B, C] or [B, V]."""
         whole = model.params(params)
 
         def evaluate(tokens: Array, mask: Array) -> Array:
             features = transformer.hidden(model.config, whole, tokens, mask)[:, -1]
-            return transformer.logits(
-                model.config, whole, features, None if objective == "sequence" else among
-            )
+            return transformer.logits(model.config, whole, features, among)
 
         return encoding.in_buckets(evaluate, batch["tokens"], batch["length"], sizes)
 
+    def scores(params: Params, batch: Batch) -> Array:
+        return next_token(params, batch, candidates.tolist())
+
     def loss(params: Params, batch: Batch) -> Array:
         if objective == "sequence":
-            return objectives.cross_entropy(
-                scores(params, batch), jnp.asarray(candidates)[batch["label"]]
-            )
+            words = jnp.asarray(candidates)[batch["label"]]
+            return objectives.cross_entropy(next_token(params, batch, None), words)
         return objectives.CLASSIFICATION[objective](scores(params, batch), batch["label"])
 
-    def class_scores(params: Params, batch: Batch) -> Array:
-        found = scores(params, batch)
-        return found[:, candidates] if objective == "sequence" else found
-
     def metrics(params: Params, batch: Batch) -> dict[str, Array]:
-        found, labels = class_scores(params, batch), batch["label"]
+        found, labels = scores(params, batch), batch["label"]
         return {
             "loss": optax.softmax_cross_entropy_with_integer_labels(found, labels),
             "accuracy": jnp.argmax(found, axis=-1) == labels,
         }
 
-    train, test = examples
-    test = jax.tree.map(lambda x: x[np.argsort(test["length"], kind="stable")], test)
-    task = Task(
-        data.name,
-        lambda key: model.trainable,
-        loss,
-        metrics,
-        partition.client_data(train, order, offsets),
-        test,
-    )
-    return LanguageTask(task, model, class_scores, None, 1, num_truncated)
+    task, _ = _task(model, data.name, examples, order, offsets, loss, metrics)
+    return LanguageTask(task, model, scores, None, 1, num_truncated)
 
 
 def generation(
@@ -277,16 +265,7 @@ def generation(
     def metrics(params: Params, batch: Batch) -> dict[str, Array]:
         return {"loss": sequence(params, batch)}
 
-    train, test = examples
-    by_length = np.argsort(test["length"], kind="stable")
-    task = Task(
-        data.name,
-        lambda key: model.trainable,
-        loss,
-        metrics,
-        partition.client_data(train, order, offsets),
-        jax.tree.map(lambda x: x[by_length], test),
-    )
+    task, by_length = _task(model, data.name, examples, order, offsets, loss, metrics)
     right = [references[1][i] for i in by_length]
     return LanguageTask(task, model, None, right, reserved, num_truncated)
 
@@ -296,6 +275,29 @@ def stop_ids(model: LanguageModel) -> tuple[int, ...]:
     line_break = model.tokenizer.encode(END, special=False)
     ends = {*model.config.eos_ids, model.tokenizer.eos_id, *line_break[-1:]}
     return tuple(sorted(i for i in ends if i is not None))
+
+
+def _task(
+    model: LanguageModel,
+    name: str,
+    examples: tuple[dict[str, Any], dict[str, Any]],
+    order: np.ndarray,
+    offsets: np.ndarray,
+    loss: LossFn,
+    metrics: MetricsFn,
+) -> tuple[Task, np.ndarray]:
+    """Returns the task with its test set in order of length, and that order."""
+    train, test = examples
+    by_length = np.argsort(test["length"], kind="stable")
+    task = Task(
+        name,
+        lambda key: model.trainable,
+        loss,
+        metrics,
+        partition.client_data(train, order, offsets),
+        jax.tree.map(lambda x: x[by_length], test),
+    )
+    return task, by_length
 
 
 def _prompts(
@@ -315,8 +317,9 @@ def _prompts(
             f"max_length={limit} is over the model's {model.config.max_positions} positions: "
             "lower it"
         )
+    shown = prompts.demonstrations(prompt, shots)
     ids = [
-        encoding.prompt_ids(model.tokenizer, prompts.in_context(prompt, row, shots))
+        encoding.prompt_ids(model.tokenizer, shown + prompts.render(prompt, row))
         for row in [*data.train, *data.test]
     ]
     encoded = encoding.pad_left(ids, limit - reserved, model.tokenizer.pad_id)

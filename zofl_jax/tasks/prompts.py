@@ -75,11 +75,16 @@ def in_context(prompt: Prompt, row: Row, shots: Sequence[Row]) -> str:
     Raises:
       ValueError: like `render` and `class_ids`.
     """
+    return demonstrations(prompt, shots) + render(prompt, row)
+
+
+def demonstrations(prompt: Prompt, shots: Sequence[Row]) -> str:
+    """Returns what stands before a prompt in `in_context`, the same for every row."""
     parts = []
     for shot, answer in zip(shots, _answers(prompt, shots), strict=True):
         question = render(prompt, shot)
-        parts.append(question + continuation(question, answer))
-    return "\n\n".join([*parts, render(prompt, row)])
+        parts.append(question + continuation(question, answer) + "\n\n")
+    return "".join(parts)
 
 
 def class_ids(prompt: Prompt, rows: Sequence[Row]) -> np.ndarray:
