@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -54,6 +55,9 @@ class Commands:
         self.environment.pop("JAX_COMPILATION_CACHE_DIR", None)
 
     def start(self, *command, stdin=subprocess.DEVNULL):
+        # A shell's background job ignores Ctrl-C, and what it starts would inherit that.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=self.folder,
