@@ -27,12 +27,12 @@ NEVER = -1
 
 
 class Attendance(NamedTuple):
-    """A round's cohort; each [clients_per_round], or [rounds, clients_per_round]."""
+    """A round's cohort, each [clients_per_round]; of many rounds [rounds, clients_per_round]."""
 
-    cohort: Array | np.ndarray  # int32, distinct clients
-    there: Array | np.ndarray  # bool, whether it takes part at all
-    uploaded: Array | np.ndarray  # bool, whether it is there and its upload is not lost
-    in_time: Array | np.ndarray  # bool, whether it is uploaded before the deadline
+    cohort: Array  # int32, distinct clients
+    there: Array  # bool, whether it takes part at all
+    uploaded: Array  # bool, whether it is there and its upload is not lost
+    in_time: Array  # bool, whether it is uploaded before the deadline
 
 
 Attend = Callable[[keys.RootKeys, Array], Attendance]
@@ -201,6 +201,11 @@ def day_and_night(num_clients: int, period: int, share: float) -> np.ndarray:
     starts = np.arange(num_clients) * period // num_clients
     phase = (np.arange(period)[:, None] - starts[None, :]) % period
     return phase < max(1, round(share * period))
+
+
+def each_round(attendance: Attendance) -> list[Attendance]:
+    """Returns the attendances of [rounds, clients_per_round], one a round."""
+    return [Attendance(*rows) for rows in zip(*map(np.asarray, attendance), strict=True)]
 
 
 def check_cohort_size(num_clients: int, clients_per_round: int) -> None:
