@@ -12,11 +12,11 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import config
-from experiments.config import Change
+from experiments import config, methods, schedules
 from experiments.entry import UserError
+from experiments.schedules import Change
 from zofl_jax import estimators, keys, perturbations
-from zofl_jax.core import Phase
+from zofl_jax.core import Phase, Task
 from zofl_jax.simulation import phase_at
 
 FLAGFILES = sorted((Path(config.__file__).parent / "flagfiles").glob("*.flags"))
@@ -52,7 +52,7 @@ def test_defaults_are_a_run_on_digits():
 def test_every_flag_of_the_run_is_kept_in_its_directory():
     # A flag that is missing in NAMES could change between a run and its resumption.
     flags_of = config.FLAGS.flags_by_module_dict()
-    modules = ("experiments.config", "experiments.language")
+    modules = ("experiments.config", "experiments.methods", "experiments.language")
     run_flags = [flag for module in modules for flag in flags_of[module]]
     assert {flag.name for flag in run_flags} == set(config.NAMES)
     assert all(flag.help for flag in run_flags)
@@ -86,6 +86,7 @@ INTEGERS = (
     "local_steps",
     "num_perturbations",
     "batch_size",
+    "rank",
     "rounds",
     "eval_every",
     "shards_per_client",
@@ -122,6 +123,7 @@ CHOICES = (
         ("momentum", "1.0"),
         ("momentum", "1.5"),
         ("clients_at_once", "-1"),
+        ("perturbations_at_once", "-1"),
         ("seed", "-1"),
         ("seed", "4294967296"),
         ("prng_impl", "rbg"),
@@ -170,6 +172,14 @@ def test_flags_that_do_not_fit_each_other_or_the_data(arguments, message):
 
 
 # What is built.
+
+
+def test_low_rank_directions_say_where_they_save_nothing():
+    low_rank = ["--perturbation=low_rank", "--rank=2", "--local_steps=2"]
+    assert build(*low_rank).notices == ()
+    assert build(*low_rank, "--optimizer=adam", "--local_steps=1").notices == ()
+    (notice,) = build(*low_rank, "--optimizer=adam").notices
+    assert "--optimizer=adam is not linear" in notice
 
 
 def test_digits_are_shared_out_to_all_clients():
@@ -236,7 +246,8 @@ def bowl(params, batch):
 
 
 def phases_of(*arguments) -> list[Phase]:
-    return config.build_phases(resolve("--task=quadratic", *arguments), bowl)
+    task = Task("bowl", lambda key: {"x": jnp.zeros(DIM)}, bowl, lambda x, b: {}, None, None)
+    return methods.build_phases(resolve("--task=quadratic", *arguments), task)
 
 
 @jax.jit
@@ -330,7 +341,7 @@ def test_every_estimator_and_perturbation_measures_the_slope(
     )
     algorithm = phases[0].algorithm
     state = algorithm.init({"x": jnp.full(DIM, 2.0)})
-    sample = config.PERTURBATIONS[perturbation]().sample
+    sample = getattr(perturbations, perturbation)().sample
 
     @jax.jit
     def measured_and_exact(key):
@@ -380,14 +391,14 @@ def test_weight_decay_of_adam_is_decoupled(quick_compile):
 
 
 def test_schedules_are_read():
-    assert config.parse_schedule("") == [Change(0)]
-    assert config.parse_schedule("5:lr=0.5") == [Change(0), Change(5, learning_rate=0.5)]
+    assert schedules.parse_schedule("") == [Change(0)]
+    assert schedules.parse_schedule("5:lr=0.5") == [Change(0), Change(5, learning_rate=0.5)]
     text = " 5 : lr=0.5 , mu=1e-1,P=2; 7:P=3;"
-    assert config.parse_schedule(text) == [Change(0), Change(5, 0.5, 0.1, 2), Change(7, 1, 1, 3)]
+    assert schedules.parse_schedule(text) == [Change(0), Change(5, 0.5, 0.1, 2), Change(7, 1, 1, 3)]
 
 
 def test_the_authors_schedule():
-    assert config.parse_schedule("authors") == [
+    assert schedules.parse_schedule("authors") == [
         Change(0),
         Change(500, learning_rate=0.8, num_perturbations=2),
         Change(1000, learning_rate=0.5, num_perturbations=4),
