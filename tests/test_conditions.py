@@ -11,7 +11,15 @@ from test_rounds import counting
 from tiny_simulations import COHORT, advance, assert_same_bits, copy, joined, start
 from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, softmax_task
 
-from zofl_jax import aggregation, attacks, estimators, participation, recording, simulation
+from zofl_jax import (
+    aggregation,
+    attacks,
+    estimators,
+    participation,
+    perturbations,
+    recording,
+    simulation,
+)
 from zofl_jax.algorithms import decomfl
 from zofl_jax.participation import Attendance
 from zofl_jax.rounds import Conditions
@@ -19,13 +27,14 @@ from zofl_jax.runs import open_run
 from zofl_jax.staleness import with_late_uploads
 
 POPULATION = len(CLIENT_SIZES)
-ROUNDS = 6
+ROUNDS = 8
 EVERYONE = participation.everyone(POPULATION, COHORT)
-TWO = jnp.arange(POPULATION) < 2  # who is malicious, or absent
+BOTH = [1, 5]
+TWO = jnp.isin(jnp.arange(POPULATION), jnp.array(BOTH))  # who is malicious, or absent
 
 
 def algorithm(task, local_steps=2, aggregate=aggregation.mean, optimizer=None):
-    estimator = estimators.forward_difference(3, 1e-2)
+    estimator = estimators.forward_difference(3, 1e-2, perturbations.rademacher())
     optimizer = optimizer or optax.sgd(0.05, momentum=0.9)
     return decomfl(task.loss, estimator, optimizer, local_steps=local_steps, aggregate=aggregate)
 
@@ -52,46 +61,34 @@ def tampered(**what):
     return Conditions(adversary=attacks.Adversary(TWO, **what))
 
 
-@functools.cache
-def without_two():
-    """Returns the state and the trace of a run in which uploads of two clients are lost."""
-    simulator = make(Conditions(attend=without(TWO)))
-    state, traces = advance(simulator, start(simulator), [ROUNDS])
-    return state, joined(traces)
-
-
 # Bad messages.
 
 
-@pytest.mark.parametrize(
-    ("value", "max_message"),
-    [(np.nan, np.inf), (np.inf, np.inf), (-np.inf, 1e3), (1e4, 1e3), (-1e4, 1e3)],
-)
-@pytest.mark.parametrize("rule", ["mean", "median"])
-def test_a_bad_message_loses_nothing_but_its_sender(value, max_message, rule):
+BAD = jnp.array([jnp.nan, jnp.inf, -1e4])  # one for each place in the cohort
+
+
+def bad_numbers(key, uploads, malicious, present):
+    bad = (malicious & present)[:, None, None]
+    return jnp.where(bad, uploads.at[:, 0, :2].set(BAD[:, None]), uploads)
+
+
+def test_a_bad_message_loses_nothing_but_its_sender(quick_compile):
     """The run has the bits of the run in which the sender's uploads never arrived."""
-    method = algorithm(softmax_task(), aggregate=getattr(aggregation, rule))
-    bad = tampered(attack=attacks.constant(value))._replace(max_message=max_message)
-    simulator = make(bad, method=method)
-    state, traces = advance(simulator, start(simulator), [ROUNDS])
-    trace = joined(traces)
-    if rule == "mean":
-        expected, other = without_two()
-    else:
-        healthy = make(Conditions(attend=without(TWO)), method=method)
-        expected, others = advance(healthy, start(healthy), [ROUNDS])
-        other = joined(others)
+    simulator = make(tampered(attack=bad_numbers)._replace(max_message=1e3))
+    state, (trace,) = advance(simulator, start(simulator), [ROUNDS])
+    healthy = make(Conditions(attend=without(TWO)))
+    expected, (other,) = advance(healthy, start(healthy), [ROUNDS])
     assert_same_bits(state, expected)
     np.testing.assert_array_equal(trace.broadcasts, other.broadcasts)
     np.testing.assert_array_equal(trace.losses, other.losses)
-    present = np.isin(trace.cohorts, [0, 1])
+    present = np.isin(trace.cohorts, BOTH)
+    assert present.any(axis=0).all(), "each kind of bad number is sent"
     assert trace.rejected.tolist() == present.sum(axis=1).tolist()
-    assert 0 < trace.rejected.sum() < trace.cohorts.size
     assert not np.any(other.rejected)
     assert trace.failed_loss is None
 
 
-def test_without_anything_wrong_every_bit_is_that_of_a_plain_run():
+def test_without_anything_wrong_every_bit_is_that_of_a_plain_run(quick_compile):
     everything = Conditions(EVERYONE, attacks.Adversary(jnp.zeros(POPULATION, bool)), 1e6)
     plain, conditioned = make(Conditions()), make(everything)
     expected, _ = advance(plain, start(plain), [ROUNDS])
@@ -139,11 +136,13 @@ def test_only_clients_that_counted_remember(quick_compile):
         progress = simulator.start(jnp.zeros(()))
         _, memory, trace = simulator.advance(progress.state, progress.memory, ROUNDS)
         times = [int(np.sum(trace.cohorts == c)) for c in range(POPULATION)]
-        assert memory.rounds.tolist() == [0, 0, *times[2:]]
-        assert sum(times[:2]) > 0
+        assert memory.rounds.tolist() == [
+            0 if client in BOTH else count for client, count in enumerate(times)
+        ]
+        assert sum(times[client] for client in BOTH) > 0
 
 
-def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path):
+def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path, quick_compile):
     conditions = tampered(attack=attacks.constant(np.nan))
     options = {"epsilon": lambda book: 0.5 * book.num_rounds}
     simulator = make(conditions, **options)
@@ -152,16 +151,16 @@ def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path):
         whole = simulation.run(
             simulator,
             rounds=ROUNDS,
-            eval_every=3,
+            eval_every=4,
             progress=progress,
             on_rounds=functools.partial(recording.write_rounds, run),
             on_record=functools.partial(recording.write_record, run),
         )
         restored, _ = recording.restore(run, simulator)
     cohorts = simulator.cohorts(np.arange(ROUNDS))
-    counts = [int(np.isin(cohorts[:n], [0, 1]).sum()) for n in (3, ROUNDS)]
+    counts = [int(np.isin(cohorts[:n], BOTH).sum()) for n in (4, ROUNDS)]
     assert [record.rejected for record in whole.history] == counts
-    assert [record.row()["epsilon"] for record in whole.history] == [1.5, 3.0]
+    assert [record.row()["epsilon"] for record in whole.history] == [2.0, 4.0]
     assert restored.history == whole.history
     assert restored.ledger.totals == whole.ledger.totals
     assert restored.ledger.rejected == whole.ledger.rejected == counts[-1]
@@ -173,11 +172,10 @@ def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("rule", ["mean", "krum"])
-def test_attacks_and_rules_are_for_scalars_and_for_models(quick_compile, dense, rule):
+def test_attacks_and_rules_are_for_scalars_and_for_models(quick_compile, dense):
     """A round's broadcast is the rule on the attacked uploads, in whatever tree they are."""
     task = softmax_task()
-    rule = aggregation.mean if rule == "mean" else aggregation.krum(0)
+    rule = aggregation.krum(0)
     method = algorithm(task, 1, rule)
     if dense:
         method = method._replace(
@@ -201,7 +199,7 @@ def test_attacks_and_rules_are_for_scalars_and_for_models(quick_compile, dense, 
     simulator = make(tampered(attack=spy), task, method)
     _, (trace,) = advance(simulator, start(simulator), [1])
     jax.effects_barrier()
-    malicious = trace.cohorts[0] < 2
+    malicious = np.isin(trace.cohorts[0], BOTH)
     expected = attacks.inner_product(3.0)(None, seen["before"], malicious, np.ones(COHORT, bool))
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(seen["sent"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -218,7 +216,7 @@ def test_flipped_labels_are_those_of_a_client_that_holds_them(quick_compile):
     task = softmax_task()
     owners = np.repeat(np.arange(POPULATION), CLIENT_SIZES)
     labels = np.array(task.train.examples["label"])
-    mine = np.asarray(task.train.order)[owners < 2]
+    mine = np.asarray(task.train.order)[np.isin(owners, BOTH)]
     labels[mine] = 2 - labels[mine]
     examples = {**task.train.examples, "label": jnp.asarray(labels)}
     liar = task._replace(train=task.train._replace(examples=examples))
@@ -272,7 +270,7 @@ def test_late_uploads_move_the_model_along_their_own_directions(quick_compile):
     task, root = simulator.task, simulator.root
     progress = simulator.start(None)
     state, memory = progress.state, progress.memory
-    estimator = estimators.forward_difference(3, 1e-2)
+    estimator = estimators.forward_difference(3, 1e-2, perturbations.rademacher())
     late_directions, seen = [], set()
     for r in range(5):
         before = copy(state)
@@ -312,7 +310,7 @@ def one_batch(simulator, r, client):
     return batches.sample(key, simulator.task.train, client, BATCH_SIZE, 1)
 
 
-def test_late_uploads_replay_and_resume_to_the_same_bits(tmp_path):
+def test_late_uploads_replay_and_resume_to_the_same_bits(tmp_path, quick_compile):
     _, simulator = late_setup(2, optax.sgd(0.05, momentum=0.9))
     with open_run(tmp_path / "run", {}) as run:
         progress, _ = recording.restore(run, simulator)

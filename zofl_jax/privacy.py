@@ -6,7 +6,7 @@ Two units of privacy:
   norm C and adds its share of the noise, so that the sum over the M clients of a round is
   Σ_i clip(u_i, C) + N(0, σ²C²). Noise of clients, and not of the server, is what a secure sum
   leaves the server with; its key is the client's own.
-- **an example** (`example_level` with `example_noise`, DPZero): each example's P finite
+- **an example** (`example_level`, DPZero): each example's P finite
   differences are clipped to the norm C before the mean over the batch of B, and N(0, σ²C²/B²)
   is added, step after step; a client goes on with the noisy scalars, as everything after them
   must.
@@ -45,9 +45,6 @@ from zofl_jax.core import (
 )
 from zofl_jax.estimators import Estimate, Estimator
 
-Noise = Callable[[PRNGKey, Array], Array]
-"""(a key of one's own, scalars) -> noisy scalars."""
-
 
 def client_level(
     algorithm: Algorithm, clip: float, noise_multiplier: float, clients_per_round: int
@@ -82,40 +79,23 @@ def client_level(
     return algorithm._replace(client=client)
 
 
-def example_level(estimator: Estimator, clip: float) -> Estimator:
-    """Returns the estimator that clips each example's scalars to a norm before their mean.
+def example_level(
+    make: Callable[[Callable[[Estimator], Estimator]], Algorithm],
+    clip: float,
+    noise_multiplier: float,
+    batch_size: int,
+) -> Algorithm:
+    """Returns the algorithm whose clients clip every example's scalars and add noise each step.
 
-    For a batch of B examples the losses of single examples are measured, along the same P
-    directions; each one's P scalars are scaled down to the norm C.
+        example_level(lambda private: decomfl(loss, private(estimator), optimizer), 1.0, 2.0, 32)
 
-    Args:
-      estimator: made without `clients_at_once`; its loss must be a mean over examples.
-      clip: C > 0, in loss per unit length.
-
-    Raises:
-      ValueError: for a norm that is not positive and finite.
-    """
-    _check(clip, 0.0)
-
-    def measure(
-        loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, batch: Batch
-    ) -> Estimate:
-        def of_one(example: Batch) -> Estimate:
-            alone = jax.tree.map(lambda x: x[None], example)
-            found = estimator.measure(loss_fn, key, round_index, params, alone)
-            return found._replace(scalars=aggregation.clip_norm(found.scalars, clip))
-
-        each = jax.vmap(of_one)(batch)
-        return Estimate(jnp.mean(each.scalars, axis=0), jnp.mean(each.loss))
-
-    return estimator._replace(measure=measure)
-
-
-def example_noise(clip: float, noise_multiplier: float, batch_size: int) -> Noise:
-    """Returns what a client adds to the scalars of a step: N(0, (σC/B)²).
+    The noise N(0, (σC/B)²) of a step is drawn from the client's own key, and the client goes on
+    with the noisy scalars.
 
     Args:
-      clip: C, as in `example_level`.
+      make: private -> the algorithm with the estimator `private(estimator)`, which is made
+        without `clients_at_once` and whose loss is a mean over examples.
+      clip: C > 0, the norm of an example's P scalars, in loss per unit length.
       noise_multiplier: σ >= 0.
       batch_size: B >= 1.
 
@@ -126,7 +106,48 @@ def example_noise(clip: float, noise_multiplier: float, batch_size: int) -> Nois
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     deviation = noise_multiplier * clip / batch_size
-    return lambda key, scalars: _with_noise(key, scalars, deviation)
+
+    def private(estimator: Estimator, own_key: PRNGKey | None = None) -> Estimator:
+        def measure(
+            loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, batch: Batch
+        ) -> Estimate:
+            found = _clipped(estimator, clip, loss_fn, key, round_index, params, batch)
+            if own_key is None:
+                return found
+            # Each step has a shared key of its own, and so a noise of its own.
+            noisy = jax.random.fold_in(own_key, jax.random.bits(key))
+            return found._replace(scalars=_with_noise(noisy, found.scalars, deviation))
+
+        return estimator._replace(measure=measure)
+
+    def client(
+        key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
+    ) -> ClientResult:
+        computed, noise_key = jax.random.split(own_key)
+        algorithm = make(lambda estimator: private(estimator, noise_key))
+        return algorithm.client(key, state, memory, batches, computed)
+
+    return make(private)._replace(client=client)
+
+
+def _clipped(
+    estimator: Estimator,
+    clip: float,
+    loss_fn: LossFn,
+    key: PRNGKey,
+    round_index: Array,
+    params: Params,
+    batch: Batch,
+) -> Estimate:
+    """Returns the mean over a batch of each example's scalars, clipped to a norm."""
+
+    def of_one(example: Batch) -> Estimate:
+        alone = jax.tree.map(lambda x: x[None], example)
+        found = estimator.measure(loss_fn, key, round_index, params, alone)
+        return found._replace(scalars=aggregation.clip_norm(found.scalars, clip))
+
+    each = jax.vmap(of_one)(batch)
+    return Estimate(jnp.mean(each.scalars, axis=0), jnp.mean(each.loss))
 
 
 def client_epsilon(
@@ -249,8 +270,9 @@ def _with_noise(key: PRNGKey, tree: Any, deviation: float) -> Any:
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
     noisy = [
-        (x + deviation * jax.random.normal(k, x.shape, jnp.promote_types(x.dtype, jnp.float32)))
-        .astype(x.dtype)
+        (
+            x + deviation * jax.random.normal(k, x.shape, jnp.promote_types(x.dtype, jnp.float32))
+        ).astype(x.dtype)
         for k, x in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, noisy)
