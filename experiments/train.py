@@ -124,6 +124,8 @@ def _train(run: Run, values: config.Values, experiment: config.Experiment | None
             recording.save_snapshot(run, progress)
             saved_at = time.perf_counter()
         shown["loss"] = f"{trace.losses[-1]:.4g}"
+        if progress.ledger.rejected:
+            shown["rejected"] = str(progress.ledger.rejected)
         bar.set_postfix(shown, refresh=False)
         bar.update(len(counted))
         if writer:
@@ -134,6 +136,8 @@ def _train(run: Run, values: config.Values, experiment: config.Experiment | None
         recording.write_record(run, record)
         name = "accuracy" if "accuracy" in record.metrics else "loss"
         shown[f"test {name}"] = f"{record.metrics[name]:.4g}"
+        if record.epsilon is not None:
+            shown["ε"] = f"{record.epsilon:.3g}"
         bar.set_postfix(shown)
         if writer:
             for name, value in record.metrics.items():
@@ -190,6 +194,9 @@ def summarise(
         "best_test_accuracy": max(accuracies, default=None),
         "minimum_loss": experiment.minimum,
         "history": history,
+        "messages_rejected": book.rejected,
+        "epsilon": last.get("epsilon"),
+        "delta": values["dp_delta"] if last.get("epsilon") is not None else None,
         "num_clients": book.num_clients,
         "bytes_up_per_client": book.per_client(book.totals.up),
         "bytes_down_per_client": book.per_client(book.totals.down),
@@ -253,6 +260,10 @@ def _print_table(summary: dict[str, Any]) -> None:
         f"{summary['seconds_per_round'] * 1e3:.3g} ms a round on {summary['device']}; "
         f"compilation took {summary['compile_seconds']:.1f} s."
     )
+    if summary.get("messages_rejected"):
+        print(f"The server rejected {summary['messages_rejected']} messages.")
+    if summary.get("epsilon") is not None:
+        print(f"Privacy spent: ε = {summary['epsilon']:.3g} at δ = {summary['delta']:g}.")
 
 
 def _event_writer(run: Run) -> Any:

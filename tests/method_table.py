@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import estimators, keys, perturbations
+from zofl_jax import aggregation, estimators, keys, perturbations, privacy
 from zofl_jax.algorithms import (
     decomfl,
     fedadagrad,
@@ -197,6 +197,30 @@ DENSE = {
         digits=0.01,
         quadratic=0.05,
     ),
+    "decomfl, private clients in a secure sum": Method(
+        lambda loss, rate: privacy.fixed_point(
+            privacy.client_level(decomfl(loss, _central(), optax.sgd(rate)), 50.0, 0.002, 3),
+            16,
+            200.0,
+            3,
+        ),
+        digits=0.05,
+        quadratic=0.1,
+    ),
+    "decomfl, private examples": Method(
+        lambda loss, rate: privacy.example_level(
+            lambda private: decomfl(loss, private(_central()), optax.sgd(rate), local_steps=2),
+            50.0,
+            0.002,
+            16,
+        ),
+        digits=0.02,
+        quadratic=0.05,
+    ),
+    "fedsgd, median": Method(
+        lambda loss, rate: fedsgd(loss, optax.sgd(rate), aggregate=aggregation.median),
+        digits=0.1,
+        quadratic=0.1,
+    ),
 }
-
 METHODS = SCALAR | DENSE

@@ -52,7 +52,8 @@ def test_defaults_are_a_run_on_digits():
 def test_every_flag_of_the_run_is_kept_in_its_directory():
     # A flag that is missing in NAMES could change between a run and its resumption.
     flags_of = config.FLAGS.flags_by_module_dict()
-    modules = ("experiments.config", "experiments.methods", "experiments.language")
+    files = ("config", "methods", "conditions", "language")
+    modules = [f"experiments.{file}" for file in files]
     run_flags = [flag for module in modules for flag in flags_of[module]]
     assert {flag.name for flag in run_flags} == set(config.NAMES)
     assert all(flag.help for flag in run_flags)

@@ -51,7 +51,16 @@ MORE = [
     "bytes_first_sync_per_client",
     "total_seconds",
 ]
-ROW = ["round", "train_loss", "test_loss", "test_accuracy", "bytes_up", "bytes_down"]
+ROW = [
+    "round",
+    "train_loss",
+    "test_loss",
+    "test_accuracy",
+    "bytes_up",
+    "bytes_down",
+    "rejected",
+    "epsilon",
+]
 
 
 @pytest.fixture(scope="module")
