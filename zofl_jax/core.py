@@ -42,6 +42,21 @@ class ClientResult(NamedTuple):
     stats: dict[str, Array]  # for people, never sent; scalars, "loss" among them
 
 
+class Passes(NamedTuple):
+    """What a client computes: evaluations of the loss of one batch.
+
+    A backward pass comes with a forward pass, counted as such. Forward mode (`jax.jvp`) carries
+    the tangent along: two forward passes.
+    """
+
+    forward: int
+    backward: int
+
+    def times(self, count: int) -> "Passes":
+        """Returns `count` times as many."""
+        return Passes(count * self.forward, count * self.backward)
+
+
 class Algorithm(NamedTuple):
     """A federated algorithm. All functions are pure and traceable.
 
@@ -54,6 +69,7 @@ class Algorithm(NamedTuple):
       local_steps: K, how many batches `client` takes.
       init_memory: params -> the memory of a client that has not taken part yet, () for
         stateless clients.
+      passes: what one client computes in a round, by the algorithm's own account.
     """
 
     init: Callable[[Params], ServerState]
@@ -62,6 +78,7 @@ class Algorithm(NamedTuple):
     server: Callable[[PRNGKey, ServerState, Broadcast], ServerState]
     local_steps: int
     init_memory: Callable[[Params], Any] = lambda params: ()
+    passes: Passes = Passes(0, 0)
 
 
 class Phase(NamedTuple):

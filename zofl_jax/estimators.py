@@ -14,7 +14,7 @@ import optax
 
 from zofl_jax import keys
 from zofl_jax.batching import at_once
-from zofl_jax.core import Array, Batch, LossFn, Params, PRNGKey
+from zofl_jax.core import Array, Batch, LossFn, Params, Passes, PRNGKey
 from zofl_jax.perturbations import Perturbation, gaussian
 
 
@@ -32,11 +32,13 @@ class Estimator(NamedTuple):
       num_perturbations: P.
       measure: (loss_fn, key, round_index, params, batch) -> Estimate.
       expand: (key, params, scalars [P]) -> (1/P) Σ_p scalars[p] z_p, a tree like params.
+      passes: what a measurement computes.
     """
 
     num_perturbations: int
     measure: Callable[[LossFn, PRNGKey, Array, Params, Batch], Estimate]
     expand: Callable[[PRNGKey, Params, Array], Params]
+    passes: Passes = Passes(0, 0)
 
 
 def forward_difference(
@@ -81,7 +83,8 @@ def forward_difference(
 
         return Estimate(jax.lax.map(along, keys.direction_keys(key, num_perturbations)), base)
 
-    return _estimator(num_perturbations, measure, chosen, clients_at_once)
+    passes = Passes(num_perturbations + 1, 0)
+    return _estimator(num_perturbations, measure, chosen, clients_at_once, passes)
 
 
 def central_difference(
@@ -113,7 +116,8 @@ def central_difference(
         scalars, losses = jax.lax.map(along, keys.direction_keys(key, num_perturbations))
         return Estimate(scalars, jnp.mean(losses))
 
-    return _estimator(num_perturbations, measure, chosen, clients_at_once)
+    passes = Passes(2 * num_perturbations, 0)
+    return _estimator(num_perturbations, measure, chosen, clients_at_once, passes)
 
 
 def projection(
@@ -140,7 +144,8 @@ def projection(
 
         return Estimate(jax.lax.map(along, keys.direction_keys(key, num_perturbations)), loss)
 
-    return _estimator(num_perturbations, measure, chosen, clients_at_once)
+    passes = Passes(1, 1)
+    return _estimator(num_perturbations, measure, chosen, clients_at_once, passes)
 
 
 def forward_gradient(
@@ -171,7 +176,8 @@ def forward_gradient(
         losses, scalars = jax.lax.map(along, keys.direction_keys(key, num_perturbations))
         return Estimate(scalars, losses[0])
 
-    return _estimator(num_perturbations, measure, chosen, clients_at_once)
+    passes = Passes(2 * num_perturbations, 0)
+    return _estimator(num_perturbations, measure, chosen, clients_at_once, passes)
 
 
 def _estimator(
@@ -179,6 +185,7 @@ def _estimator(
     measure: Callable[[LossFn, PRNGKey, Array, Params, Batch], Estimate],
     perturbation: Perturbation,
     clients_at_once: int | None,
+    passes: Passes,
 ) -> Estimator:
     if num_perturbations < 1:
         raise ValueError(f"num_perturbations must be >= 1, got {num_perturbations}")
@@ -189,7 +196,7 @@ def _estimator(
         direction_keys = keys.direction_keys(key, num_perturbations)
         return perturbation.accumulate(direction_keys, params, scalars / num_perturbations)
 
-    return Estimator(num_perturbations, measure, expand)
+    return Estimator(num_perturbations, measure, expand, passes)
 
 
 def _smoothing_schedule(smoothing: float | optax.Schedule) -> optax.Schedule:
