@@ -290,17 +290,19 @@ def test_a_schedule_is_followed_round_by_round(quick_compile):
 
         # At 0, (f(μ z) − f(0)) / μ = μ |z|² / 2 = μ d / 2 on the sphere.
         at_zero = states[r]._replace(params={"x": jnp.zeros(DIM)})
-        result = clients[phase_at(phases, r)](round_key(r), at_zero, (), jnp.zeros((2, 1)))
+        result = clients[phase_at(phases, r)](
+            round_key(r), at_zero, (), jnp.zeros((2, 1)), round_key(r)
+        )
         assert result.upload.shape == (2, count)
         np.testing.assert_allclose(result.upload[0], smoothing * DIM / 2, rtol=1e-4)
 
 
 def test_factors_on_perturbations_are_rounded_and_never_below_one():
     phases = phases_of("--num_perturbations=3", "--schedule=1:P=0.1;2:P=1.5")
-    spec = jnp.zeros((4, 1, 1))
+    spec, key = jnp.zeros((4, 1, 1)), round_key(0)
     state = phases[0].algorithm.init({"x": jnp.zeros(DIM)})
     shapes = [
-        jax.eval_shape(phase.algorithm.client, jax.random.key(0), state, (), spec).upload.shape
+        jax.eval_shape(phase.algorithm.client, key, state, (), spec, key).upload.shape
         for phase in phases
     ]
     assert shapes == [(4, 3), (4, 1), (4, 4)]
@@ -332,7 +334,7 @@ def test_every_estimator_and_perturbation_measures_the_slope(
 
     @jax.jit
     def measured_and_exact(key):
-        upload = algorithm.client(key, state, (), jnp.zeros((1, 1))).upload[0]
+        upload = algorithm.client(key, state, (), jnp.zeros((1, 1)), key).upload[0]
         directions = jax.vmap(lambda k: sample(k, state.params)["x"])(
             keys.direction_keys(keys.step_key(key, 0), 2)
         )

@@ -37,7 +37,7 @@ def evaluations(make_algorithm, forward_mode: bool = False) -> Passes:
     algorithm = make_algorithm(value if forward_mode else loss)
     state, batches = algorithm.init(jnp.zeros(4)), jnp.ones((algorithm.local_steps, 4))
     key = jax.random.key(0)
-    jax.block_until_ready(jax.jit(algorithm.client)(key, state, (), batches))
+    jax.block_until_ready(jax.jit(algorithm.client)(key, state, (), batches, key))
     jax.effects_barrier()
     return Passes(counts["forward"], counts["backward"])
 

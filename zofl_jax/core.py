@@ -57,27 +57,43 @@ class Passes(NamedTuple):
         return Passes(count * self.forward, count * self.backward)
 
 
+class Sync(NamedTuple):
+    """A message that brings a client which fell behind to the present, in place of a replay.
+
+    Clients of an algorithm that has one are not sent a round's broadcast at its end: when they
+    next take part they get this message, or all they missed where that is smaller.
+    """
+
+    message: Callable[[ServerState], Any]  # state -> a tree of arrays
+    alone: bool  # whether it is all a new client needs, or adds to the initial params
+
+
 class Algorithm(NamedTuple):
     """A federated algorithm. All functions are pure and traceable.
 
     Attributes:
       init: params -> ServerState.
-      client: (key, state, memory, batches) -> ClientResult. One client; it never
-        sees a clients axis. `batches` has the leading axis [local_steps].
+      client: (key, state, memory, batches, own_key) -> ClientResult. One client; it never
+        sees a clients axis. `batches` has the leading axis [local_steps]; `own_key` is the
+        client's own of this round, for what no one else may rebuild: stochastic rounding,
+        noise, directions that are not shared.
       aggregate: (uploads [C, ...], weights [C]) -> Broadcast.
       server: (key, state, broadcast) -> ServerState: what *everyone* replays.
       local_steps: K, how many batches `client` takes.
       init_memory: params -> the memory of a client that has not taken part yet, () for
         stateless clients.
+      sync: how a client that fell behind is brought up to date, by replaying the broadcasts it
+        missed unless given.
       passes: what one client computes in a round, by the algorithm's own account.
     """
 
     init: Callable[[Params], ServerState]
-    client: Callable[[PRNGKey, ServerState, Any, Batches], ClientResult]
+    client: Callable[[PRNGKey, ServerState, Any, Batches, PRNGKey], ClientResult]
     aggregate: Callable[[Upload, Array], Broadcast]
     server: Callable[[PRNGKey, ServerState, Broadcast], ServerState]
     local_steps: int
     init_memory: Callable[[Params], Any] = lambda params: ()
+    sync: Sync | None = None
     passes: Passes = Passes(0, 0)
 
 

@@ -3,6 +3,7 @@
     seed -> shared  -> round r -> local step k -> direction p -> leaf (by its path)
          -> cohort  -> round r
          -> batches -> round r -> client i -> local step k
+         -> own     -> round r -> client i
          -> init, partition
 
 Only `shared` is known to server and clients alike: its round keys are the seeds that
@@ -36,6 +37,7 @@ class RootKeys(NamedTuple):
     shared: PRNGKey
     cohort: PRNGKey
     batches: PRNGKey
+    own: PRNGKey
     init: PRNGKey
     partition: PRNGKey
 
@@ -103,6 +105,11 @@ def leaf_keys(key: PRNGKey, params: Params) -> Params:
 def batch_key(batches: PRNGKey, round_index: Array | int, client: Array | int) -> PRNGKey:
     """Returns the key from which client `client` draws its batches of a round."""
     return jax.random.fold_in(jax.random.fold_in(batches, round_index), client)
+
+
+def own_key(own: PRNGKey, round_index: Array | int, client: Array | int) -> PRNGKey:
+    """Returns the private key of client `client` in a round: for its noise and its rounding."""
+    return jax.random.fold_in(jax.random.fold_in(own, round_index), client)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -62,10 +62,11 @@ def decomfl(
     >>> f = lambda x, batch: 0.5 * jnp.sum(jnp.square(x - batch))
     >>> algorithm = decomfl(f, estimators.central_difference(4, 1e-3), optax.sgd(0.1))
     >>> state = algorithm.init(jnp.zeros(3))
-    >>> result = algorithm.client(jax.random.key(0), state, (), jnp.ones((1, 3)))
+    >>> key = jax.random.key(0)
+    >>> result = algorithm.client(key, state, (), jnp.ones((1, 3)), jax.random.key(1))
     >>> result.upload.shape
     (1, 4)
-    >>> int(algorithm.server(jax.random.key(0), state, result.upload).round)
+    >>> int(algorithm.server(key, state, result.upload).round)
     1
     """
     if local_steps < 1:
@@ -81,7 +82,11 @@ def decomfl(
     def init(params: Params) -> ServerState:
         return ServerState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def client(key: PRNGKey, state: ServerState, memory: tuple, batches: Batches) -> ClientResult:
+    def client(
+        key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
+    ) -> ClientResult:
+        del own_key  # every direction is shared
+
         def measure(k: Array | int, params: Params, batch: Batch) -> Estimate:
             return estimator.measure(loss_fn, keys.step_key(key, k), state.round, params, batch)
 
