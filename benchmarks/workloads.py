@@ -194,7 +194,7 @@ def token_task(config: architectures.Config, clients: int, each: int, length: in
 def perturbation(variant: str) -> perturbations.Perturbation:
     """Returns the distribution of the directions of a variant; low rank is rank 1."""
     if variant == "low_rank":
-        return getattr(perturbations, "low_rank")(1)
+        return getattr(perturbations, "low_rank")(1)  # noqa: B009
     return perturbations.rademacher() if variant == "rademacher" else perturbations.gaussian()
 
 
