@@ -93,6 +93,8 @@ class Simulator(NamedTuple):
       seeds: round indices [n], n <= `rounds.CAPACITY` -> the raw words of the shared keys
         as they are sent, uint32 [n, words].
       compile_seconds: () -> seconds spent on compilation so far.
+      memory_bytes: () -> the most device memory that a function compiled so far needs, see
+        `compilation.memory_bytes`.
       num_devices: that the cohort is shared out over.
     """
 
@@ -109,6 +111,7 @@ class Simulator(NamedTuple):
     cohorts: Callable[[np.ndarray], np.ndarray]
     seeds: Callable[[np.ndarray], np.ndarray]
     compile_seconds: Callable[[], float]
+    memory_bytes: Callable[[], int]
     num_devices: int = 1
 
 
@@ -281,6 +284,7 @@ def make_simulator(
         cohorts,
         seeds,
         lambda: sum(compiler.seconds),
+        compiler.memory_bytes,
         1 if mesh is None else mesh.size,
     )
 
@@ -410,3 +414,7 @@ class _Compiler:
             self._compiled[name] = compilation.compiled(fn, args, donate)
             self.seconds.append(time.perf_counter() - began)
         return self._compiled[name](*args)
+
+    def memory_bytes(self) -> int:
+        """Returns the most that any function needs."""
+        return max((compilation.memory_bytes(f) for f in self._compiled.values()), default=0)
