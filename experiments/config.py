@@ -400,7 +400,8 @@ def _optimizer(values: Values, changes: list[Change]) -> optax.GradientTransform
         # The optimiser counts local steps, K a round.
         return by_round(count // values["local_steps"])
 
-    rate: Any = by_step if len(changes) > 1 else values["learning_rate"]
+    # An array, not a constant of the program: runs at another rate share its compilation.
+    rate: Any = by_step if len(changes) > 1 else jnp.asarray(values["learning_rate"])
     decay = values["weight_decay"]
     if values["optimizer"] == "adam":
         return optax.adamw(rate, weight_decay=decay) if decay else optax.adam(rate)

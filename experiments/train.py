@@ -6,6 +6,7 @@ The run directory (`--workdir`) holds the flags, the log, snapshots, `summary.js
 figures. The same command again resumes a stopped run, to the same bits.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -14,15 +15,17 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import tqdm
 from absl import flags
 
 from experiments import config, entry
-from zofl_jax import ledger, plots, recording, simulation
+from zofl_jax import ledger, passes, plots, recording, simulation
 from zofl_jax.runs import Run, RunError, open_run
 
 flags.DEFINE_string(
@@ -46,6 +49,13 @@ SNAPSHOT_SECONDS = 60.0
 FLAGS = flags.FLAGS
 
 
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    summary: dict[str, Any]
+    failure: str | None  # a sentence for the user if it diverged
+
+
 def main() -> None:
     """Runs the experiment that the flags describe."""
     values = config.resolve()
@@ -53,7 +63,15 @@ def main() -> None:
     # A new run is built before its directory is made, so that a mistake leaves nothing.
     experiment = None if workdir.exists() else config.build(values, FLAGS.devices)
     with open_run(workdir, values, MAY_CHANGE) as run:
-        _train(run, values, experiment)
+        ended = finished(run, values)
+        if ended:
+            print(f"The run in {run.path} is complete; give more --rounds to go on.\n")
+        outcome = ended or train(run, values, experiment, lambda done: _bar(values, done))
+        _print_table(outcome.summary)
+        if not ended:
+            print(f"\nFigures, log and summary are in {run.path}")
+    if outcome.failure:
+        raise entry.UserError(outcome.failure)
 
 
 def default_workdir(values: config.Values) -> Path:
@@ -70,8 +88,12 @@ def model_name(values: config.Values) -> str:
     return Path(place).stem if kind == "gguf" else place or kind
 
 
-def _train(run: Run, values: config.Values, experiment: config.Experiment | None) -> None:
-    began = time.perf_counter()
+def finished(run: Run, values: config.Values) -> Outcome | None:
+    """Returns how a run ended, None if there are rounds to do.
+
+    Raises:
+      RunError: if it holds more rounds than are asked for.
+    """
     logged = run.log.last_round + 1
     if logged > values["rounds"]:
         raise RunError(
@@ -79,37 +101,45 @@ def _train(run: Run, values: config.Values, experiment: config.Experiment | None
             "another --workdir"
         )
     if run.notice:
-        print(f"note: {run.notice}", file=sys.stderr)
+        _note(run.notice)
     summary = run.read_summary()
-    if summary and logged == summary.get("rounds") == values["rounds"]:
-        print(f"The run in {run.path} is complete; give more --rounds to go on.\n")
-        _print_table(summary)
-        return
+    complete = summary and logged == summary.get("rounds") == values["rounds"]
+    return Outcome(summary, summary.get("failure")) if summary and complete else None
 
+
+def train(
+    run: Run,
+    values: config.Values,
+    experiment: config.Experiment | None,
+    start_bar: Callable[[int], AbstractContextManager[tqdm.tqdm]],
+) -> Outcome:
+    """Runs the rounds that are missing, and writes the log, the summary and the figures.
+
+    Args:
+      run: the open run directory.
+      values: its flags.
+      experiment: built from them; None builds it.
+      start_bar: (rounds done) -> the progress bar, which is told of each round from there on.
+
+    Raises:
+      RunError, UserError: if the run can't be read or the experiment not be built.
+    """
+    began = time.perf_counter()
     experiment = experiment or config.build(values, FLAGS.devices)
     simulator = experiment.simulator
     repaired = run.notice
     progress, notice = recording.restore(run, simulator)
-    for sentences in (run.notice if run.notice != repaired else None, notice):
-        if sentences:
-            print(f"note: {sentences}", file=sys.stderr)
-    for sentence in experiment.notices:
-        print(f"note: {sentence}", file=sys.stderr)
+    for sentence in (run.notice if run.notice != repaired else None, notice, *experiment.notices):
+        if sentence:
+            _note(sentence)
     writer = _event_writer(run) if FLAGS.tensorboard else None
     done = int(progress.state.round)
     if done:
-        print(f"resuming {run.path} after round {done}", file=sys.stderr)
+        tqdm.tqdm.write(f"resuming {run.path} after round {done}", file=sys.stderr)
     if experiment.label_counts is not None:
         title = f"{experiment.task.name}, {values['partition']} partition"
         run.save_figure("labels.png", plots.label_distribution(experiment.label_counts, title))
 
-    bar = tqdm.tqdm(
-        total=values["rounds"],
-        initial=done,
-        unit=" rounds",
-        dynamic_ncols=True,
-        disable=not FLAGS.progress,
-    )
     shown: dict[str, str] = {}
     saved_at = time.perf_counter()
 
@@ -143,31 +173,30 @@ def _train(run: Run, values: config.Values, experiment: config.Experiment | None
 
     diverged = None
     try:
-        progress = simulation.run(
-            simulator,
-            rounds=values["rounds"],
-            eval_every=values["eval_every"],
-            progress=progress,
-            on_rounds=on_rounds,
-            on_record=on_record,
-        )
+        with start_bar(done) as bar:
+            progress = simulation.run(
+                simulator,
+                rounds=values["rounds"],
+                eval_every=values["eval_every"],
+                progress=progress,
+                on_rounds=on_rounds,
+                on_record=on_record,
+            )
     except simulation.Diverged as error:
         diverged, progress = error, error.progress
     finally:
-        bar.close()
         if writer:
             writer.close()
     recording.save_snapshot(run, progress)
     summary = summarise(values, experiment, progress)
+    seconds = {at: found.get(recording.RUN_SECONDS) for at, found in run.log.metrics().items()}
+    summary["history_seconds"] = [seconds.get(row["round"]) for row in summary["history"]]
     summary["total_seconds"] = time.perf_counter() - began
     if diverged:
-        summary["diverged_round"] = diverged.round
+        summary |= {"diverged_round": diverged.round, "failure": str(diverged)}
     _save_figures(run, experiment.task.name, summary)
     run.write_summary(summary)
-    _print_table(summary)
-    print(f"\nFigures, log and summary are in {run.path}")
-    if diverged:
-        raise entry.UserError(str(diverged)) from diverged
+    return Outcome(summary, summary.get("failure"))
 
 
 def summarise(
@@ -175,6 +204,12 @@ def summarise(
 ) -> dict[str, Any]:
     """Returns the contents of `summary.json`."""
     book, history = progress.ledger, [record.row() for record in progress.history]
+    computed = functools.partial(
+        passes.total, experiment.simulator.phases, clients_per_round=values["clients_per_round"]
+    )
+    for row in history:
+        spent = computed(row["round"])
+        row |= {"forward_passes": spent.forward, "backward_passes": spent.backward}
     last: dict[str, Any] = history[-1] if history else {}
     accuracies = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
     rounds_done = book.num_rounds
@@ -198,6 +233,9 @@ def summarise(
         "bytes_catch_up_per_client": book.per_client(book.totals.catch_up),
         "bytes_first_sync_per_client": book.per_client(book.totals.first_sync),
         "bytes_fedavg_per_client": book.per_client(book.dense_bytes),
+        "forward_passes": computed(rounds_done).forward,
+        "backward_passes": computed(rounds_done).backward,
+        "memory_bytes": experiment.simulator.memory_bytes(),
         "compile_seconds": experiment.simulator.compile_seconds(),
         "run_seconds": progress.run_seconds,
         "seconds_per_round": progress.run_seconds / max(rounds_done, 1),
@@ -253,6 +291,20 @@ def _print_table(summary: dict[str, Any]) -> None:
         f"{summary['seconds_per_round'] * 1e3:.3g} ms a round on {summary['device']}; "
         f"compilation took {summary['compile_seconds']:.1f} s."
     )
+
+
+def _bar(values: config.Values, done: int) -> tqdm.tqdm:
+    return tqdm.tqdm(
+        total=values["rounds"],
+        initial=done,
+        unit=" rounds",
+        dynamic_ncols=True,
+        disable=not FLAGS.progress,
+    )
+
+
+def _note(sentences: str) -> None:
+    tqdm.tqdm.write(f"note: {sentences}", file=sys.stderr)
 
 
 def _event_writer(run: Run) -> Any:

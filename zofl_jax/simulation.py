@@ -93,8 +93,8 @@ class Simulator(NamedTuple):
       seeds: round indices [n], n <= `rounds.CAPACITY` -> the raw words of the shared keys
         as they are sent, uint32 [n, words].
       compile_seconds: () -> seconds spent on compilation so far.
-      memory_bytes: () -> the most device memory that a function compiled so far needs, see
-        `compilation.memory_bytes`.
+      memory_bytes: () -> the device memory that the rounds compiled so far need, data and the
+        buffers of a dispatch included, see `compilation.memory_bytes`.
       num_devices: that the cohort is shared out over.
     """
 
@@ -284,7 +284,7 @@ def make_simulator(
         cohorts,
         seeds,
         lambda: sum(compiler.seconds),
-        compiler.memory_bytes,
+        functools.partial(compiler.memory_bytes, "advance"),
         1 if mesh is None else mesh.size,
     )
 
@@ -415,6 +415,7 @@ class _Compiler:
             self.seconds.append(time.perf_counter() - began)
         return self._compiled[name](*args)
 
-    def memory_bytes(self) -> int:
-        """Returns the most that any function needs."""
-        return max((compilation.memory_bytes(f) for f in self._compiled.values()), default=0)
+    def memory_bytes(self, kind: str) -> int:
+        """Returns the most that a function named (kind, ...) needs, 0 before its compilation."""
+        needed = [compilation.memory_bytes(f) for name, f in self._compiled.items() if kind in name]
+        return max(needed, default=0)
