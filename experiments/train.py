@@ -112,6 +112,8 @@ def train(
     values: config.Values,
     experiment: config.Experiment | None,
     start_bar: Callable[[int], AbstractContextManager[tqdm.tqdm]],
+    *,
+    figures: bool = True,
 ) -> Outcome:
     """Runs the rounds that are missing, and writes the log, the summary and the figures.
 
@@ -120,6 +122,7 @@ def train(
       values: its flags.
       experiment: built from them; None builds it.
       start_bar: (rounds done) -> the progress bar, which is told of each round from there on.
+      figures: whether to draw them; they take about a second.
 
     Raises:
       RunError, UserError: if the run can't be read or the experiment not be built.
@@ -136,7 +139,7 @@ def train(
     done = int(progress.state.round)
     if done:
         tqdm.tqdm.write(f"resuming {run.path} after round {done}", file=sys.stderr)
-    if experiment.label_counts is not None:
+    if figures and experiment.label_counts is not None:
         title = f"{experiment.task.name}, {values['partition']} partition"
         run.save_figure("labels.png", plots.label_distribution(experiment.label_counts, title))
 
@@ -194,7 +197,8 @@ def train(
     summary["total_seconds"] = time.perf_counter() - began
     if diverged:
         summary |= {"diverged_round": diverged.round, "failure": str(diverged)}
-    _save_figures(run, experiment.task.name, summary)
+    if figures:
+        _save_figures(run, experiment.task.name, summary)
     run.write_summary(summary)
     return Outcome(summary, summary.get("failure"))
 
