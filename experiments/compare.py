@@ -202,14 +202,15 @@ def _run(
             summary = train.train(run, values, None, start_bar, figures=False).summary
             _skip(bar, values["rounds"] - summary["rounds"])
     if summary.get("failure"):
-        bar.write(f"note: {method.name}, learning rate {rate:g}, seed {seed}: {summary['failure']}")
+        train.note(f"{method.name}, learning rate {rate:g}, seed {seed}: {summary['failure']}")
     return comparison.Result(method.name, seed, rate, summary)
 
 
 def _skip(bar: tqdm.tqdm, rounds: int) -> None:
     """Moves the bar on without counting for the speed."""
-    bar.initial += rounds
-    bar.update(rounds)
+    if not bar.disable:
+        bar.initial += rounds
+        bar.update(rounds)
 
 
 def _numbers(name: str, texts: Sequence[str]) -> list[float]:

@@ -259,9 +259,11 @@ def _mean(values: Sequence[float], text: Callable[[float], str]) -> str:
     finite = [value for value in values if not math.isnan(value)]
     if not finite:
         return MISSING
-    deviation = float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
     mean = text(float(np.mean(finite)))
-    return f"{mean} ± {text(deviation)}" if len(finite) > 1 and any(finite) else mean
+    if len(finite) == 1 or not any(finite):
+        return mean
+    deviation = float(np.std(finite, ddof=1))
+    return f"{mean} ± {text(deviation) if deviation else 0}"
 
 
 def _count(value: float) -> str:

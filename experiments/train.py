@@ -101,7 +101,7 @@ def finished(run: Run, values: config.Values) -> Outcome | None:
             "another --workdir"
         )
     if run.notice:
-        _note(run.notice)
+        note(run.notice)
     summary = run.read_summary()
     complete = summary and logged == summary.get("rounds") == values["rounds"]
     return Outcome(summary, summary.get("failure")) if summary and complete else None
@@ -134,7 +134,7 @@ def train(
     progress, notice = recording.restore(run, simulator)
     for sentence in (run.notice if run.notice != repaired else None, notice, *experiment.notices):
         if sentence:
-            _note(sentence)
+            note(sentence)
     writer = _event_writer(run) if FLAGS.tensorboard else None
     done = int(progress.state.round)
     if done:
@@ -307,7 +307,8 @@ def _bar(values: config.Values, done: int) -> tqdm.tqdm:
     )
 
 
-def _note(sentences: str) -> None:
+def note(sentences: str) -> None:
+    """Tells the user, above a progress bar if there is one."""
     tqdm.tqdm.write(f"note: {sentences}", file=sys.stderr)
 
 

@@ -303,7 +303,8 @@ def _count_axis(axis: Axis, max_ticks: int) -> None:
 
 def _log_ticks(axis: Axis, ratio: float, text: Callable[[float], str]) -> None:
     """Puts ticks on powers of ten, and on 2 and 5 times these where the axis is short."""
-    subs = (1.0, 2.0, 5.0) if ratio < 300 else (1.0,)
+    subs: tuple[float, ...] = (1.0, 2.0, 5.0) if ratio < 300 else (1.0,)
+    subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if ratio < 8 else subs
     axis.set_major_locator(LogLocator(subs=subs, numticks=10))
     axis.set_major_formatter(_formatter(text))
     axis.set_minor_formatter(NullFormatter())
