@@ -62,10 +62,18 @@ class Sync(NamedTuple):
 
     Clients of an algorithm that has one are not sent a round's broadcast at its end: when they
     next take part they get this message, or all they missed where that is smaller.
+
+    Attributes:
+      message: state -> a tree of arrays.
+      restore: (initial state with the present round number, message) -> a state in which
+        `Algorithm.client` does what it does in the present one. What only the server uses,
+        such as its optimiser's moments, may be missing from it.
+      alone: whether the message is all a new client needs, or adds to the initial params.
     """
 
-    message: Callable[[ServerState], Any]  # state -> a tree of arrays
-    alone: bool  # whether it is all a new client needs, or adds to the initial params
+    message: Callable[[ServerState], Any]
+    restore: Callable[[ServerState, Any], ServerState]
+    alone: bool
 
 
 class Algorithm(NamedTuple):
