@@ -74,6 +74,10 @@ def main() -> None:
     targets = sorted(_numbers("targets", FLAGS.targets))
     if targets[-1] > 1:
         raise entry.UserError(f"--targets are accuracies of at most 1, got {targets[-1]:g}")
+    for method in methods:
+        train.check_diagnose_every(method.values)
+    if FLAGS.auto_lr:
+        raise entry.UserError("--auto_lr is for single runs: here --grid tries the learning rates")
     seeds = range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
     workdir = Path(FLAGS.workdir or default_workdir(methods)).expanduser()
     if (workdir / "flags.json").exists():

@@ -263,18 +263,18 @@ def build(values: Values, devices: int | None = None) -> Experiment:
         label_counts = partition.label_counts(
             dataset.train["label"], order, offsets, dataset.num_classes
         )
-    simulator = simulation.make_simulator(
-        build_phases(values, task.loss),
-        task,
-        clients_per_round=values["clients_per_round"],
-        batch_size=values["batch_size"],
-        seed=values["seed"],
-        prng_impl=values["prng_impl"],
-        weighting=values["weighting"],
-        eval_batch_size=LANGUAGE_EVAL_BATCH if built_language else EVAL_BATCH,
-        mesh=mesh,
-    )
+    simulator = _simulator(values, task, mesh)
     return Experiment(task, simulator, label_counts, minimum, built_language)
+
+
+@_as_user_errors()
+def at_learning_rate(experiment: Experiment, values: Values, devices: int | None) -> Experiment:
+    """Returns an experiment at another learning rate, with the same data; `values` hold it.
+
+    Both share compiled functions through the compilation cache.
+    """
+    simulator = _simulator(values, experiment.task, _mesh(values, devices))
+    return experiment._replace(simulator=simulator)
 
 
 def rebuild(
@@ -367,6 +367,21 @@ def parse_schedule(text: str) -> list[Change]:
                 f"got {part!r}"
             )
     return changes
+
+
+def _simulator(values: Values, task: Task, mesh: Mesh | None) -> simulation.Simulator:
+    texts = language.is_language_task(values["task"])
+    return simulation.make_simulator(
+        build_phases(values, task.loss),
+        task,
+        clients_per_round=values["clients_per_round"],
+        batch_size=values["batch_size"],
+        seed=values["seed"],
+        prng_impl=values["prng_impl"],
+        weighting=values["weighting"],
+        eval_batch_size=LANGUAGE_EVAL_BATCH if texts else EVAL_BATCH,
+        mesh=mesh,
+    )
 
 
 def _mesh(values: Values, devices: int | None) -> Mesh | None:

@@ -15,18 +15,20 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import config, entry
-from zofl_jax import ledger, passes, plots, recording, simulation
-from zofl_jax.runs import Run, RunError, open_run
+from experiments import config, entry, tuning
+from zofl_jax import diagnostics, divergence, ledger, passes, plots, recording, simulation
+from zofl_jax.runs import Run, RunError, open_run, read_flags
+from zofl_jax.tasks import objectives
 
 flags.DEFINE_string(
     "workdir", None, "Run directory; a name made from the flags under runs/ unless given."
@@ -39,6 +41,18 @@ flags.DEFINE_integer(
     "Devices that the clients of a round are shared out over. Unless given, all accelerators; on a "
     "CPU its cores for convolutional models, 1 for others.",
     lower_bound=1,
+)
+flags.DEFINE_bool(
+    "auto_lr",
+    False,
+    "Find the learning rate by a short probe around --learning_rate; flags.json keeps it.",
+)
+flags.DEFINE_integer(
+    "diagnose_every",
+    0,
+    "Rounds between diagnoses (curvature, noise, stability), 0 for none; a multiple of "
+    "--eval_every.",
+    lower_bound=0,
 )
 
 MAY_CHANGE = ("rounds", "eval_every")
@@ -59,9 +73,18 @@ class Outcome(NamedTuple):
 def main() -> None:
     """Runs the experiment that the flags describe."""
     values = config.resolve()
-    workdir = Path(FLAGS.workdir or default_workdir(values))
+    check_diagnose_every(values)
+    workdir = Path(FLAGS.workdir or default_workdir(values, FLAGS.auto_lr)).expanduser()
     # A new run is built before its directory is made, so that a mistake leaves nothing.
     experiment = None if workdir.exists() else config.build(values, FLAGS.devices)
+    if FLAGS.auto_lr and (workdir / "flags.json").exists():
+        values["learning_rate"] = read_flags(workdir)["learning_rate"]
+    elif FLAGS.auto_lr:
+        experiment = experiment or config.build(values, FLAGS.devices)
+        probed = tuning.probe(values, experiment, FLAGS.devices)
+        note(probed.sentence)
+        values["learning_rate"] = probed.learning_rate
+        experiment = config.at_learning_rate(experiment, values, FLAGS.devices)
     with open_run(workdir, values, MAY_CHANGE) as run:
         ended = finished(run, values)
         if ended:
@@ -74,9 +97,27 @@ def main() -> None:
         raise entry.UserError(outcome.failure)
 
 
-def default_workdir(values: config.Values) -> Path:
+def check_diagnose_every(values: config.Values) -> None:
+    """Checks --diagnose_every.
+
+    Raises:
+      UserError: if it doesn't fit the run.
+    """
+    every = FLAGS.diagnose_every
+    if every % values["eval_every"]:
+        raise entry.UserError(
+            f"--diagnose_every={every} must be a multiple of --eval_every={values['eval_every']}"
+        )
+    if every and values["objective"] in objectives.WITHOUT_GRADIENT:
+        raise entry.UserError(
+            f"--diagnose_every needs a gradient, which --objective={values['objective']} lacks"
+        )
+
+
+def default_workdir(values: config.Values, auto_lr: bool = False) -> Path:
     """Returns a folder whose name tells the run and whose digest tells its flags."""
     fixed = {name: value for name, value in values.items() if name not in MAY_CHANGE}
+    fixed |= {"auto_lr": True} if auto_lr else {}
     digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
     task, model = (re.sub(r"[^\w.-]+", "_", name) for name in (values["task"], model_name(values)))
     return Path("runs") / f"{task}-{model}-{values['algorithm']}-{digest}"
@@ -145,14 +186,28 @@ def train(
 
     shown: dict[str, str] = {}
     saved_at = time.perf_counter()
+    losses = run.log.train_losses()
+    warned = False
+    diagnose = _diagnose(run, values, experiment)
+    diagnose(progress)
 
     def on_rounds(
         trace: simulation.Trace,
         counted: list[ledger.RoundBytes],
         progress: simulation.Progress,
     ) -> None:
-        nonlocal saved_at
+        nonlocal saved_at, warned
         recording.write_rounds(run, trace, counted, progress)
+        diagnose(progress)
+        losses.extend(trace.losses.tolist())
+        rise = divergence.rising(losses)
+        if rise and not warned:
+            note(
+                f"the training loss rises, to {rise.last:.3g} from {rise.best:.3g} near round "
+                f"{rise.best_round}: the run may diverge; lower --learning_rate, raise "
+                "--num_perturbations, or let --auto_lr choose"
+            )
+            warned = True
         if time.perf_counter() - saved_at > SNAPSHOT_SECONDS:
             recording.save_snapshot(run, progress)
             saved_at = time.perf_counter()
@@ -195,12 +250,49 @@ def train(
     seconds = {at: found.get(recording.RUN_SECONDS) for at, found in run.log.metrics().items()}
     summary["history_seconds"] = [seconds.get(row["round"]) for row in summary["history"]]
     summary["total_seconds"] = time.perf_counter() - began
+    stalled = divergence.ended_above(losses)
     if diverged:
         summary |= {"diverged_round": diverged.round, "failure": str(diverged)}
+    elif stalled is not None:
+        sentence = (
+            f"the training loss ended at {losses[-1]:.3g}, from {losses[0]:.3g} at the start: "
+            f"the run diverged at round {stalled}. Lower the learning rate, raise the number of "
+            "perturbations, or let --auto_lr choose"
+        )
+        summary |= {"diverged_round": stalled, "failure": sentence}
+    if FLAGS.diagnose_every:
+        summary["diagnoses"] = recording.diagnoses(run)
     if figures:
         _save_figures(run, experiment.task.name, summary)
     run.write_summary(summary)
     return Outcome(summary, summary.get("failure"))
+
+
+def _diagnose(
+    run: Run, values: config.Values, experiment: config.Experiment
+) -> Callable[[simulation.Progress], None]:
+    """Returns what diagnoses a progress and logs it, where one is due and not yet logged."""
+    every, simulator = FLAGS.diagnose_every, experiment.simulator
+    if not every:
+        return lambda progress: None
+    logged = {row["round"] for row in recording.diagnoses(run)}
+    phase_diagnose = functools.cache(
+        lambda phase: diagnostics.make_diagnose(
+            simulator.phases[phase].algorithm, simulator.task, values["batch_size"]
+        )
+    )
+
+    def diagnose(progress: simulation.Progress) -> None:
+        done = int(progress.state.round)
+        if done % every or done in logged:
+            return
+        phase = simulation.phase_at(simulator.phases, done)
+        params = jax.tree.map(np.asarray, progress.state.params)
+        # The same probes each time, so that only the run makes a difference.
+        found = phase_diagnose(phase)(params, simulator.root.init)
+        recording.write_diagnosis(run, done, found)
+
+    return diagnose
 
 
 def summarise(
@@ -284,6 +376,7 @@ def _print_table(summary: dict[str, Any]) -> None:
             f"{accuracy:>9} {plots.human_bytes(row['bytes_up'] / clients):>9} "
             f"{plots.human_bytes(row['bytes_down'] / clients):>9}"
         )
+    _print_diagnoses(summary.get("diagnoses", []))
     up, down = summary["bytes_up_per_client"], summary["bytes_down_per_client"]
     dense = summary["bytes_fedavg_per_client"]
     print(
@@ -295,6 +388,21 @@ def _print_table(summary: dict[str, Any]) -> None:
         f"{summary['seconds_per_round'] * 1e3:.3g} ms a round on {summary['device']}; "
         f"compilation took {summary['compile_seconds']:.1f} s."
     )
+
+
+def _print_diagnoses(rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = {
+        "effective_rank": "effective rank",
+        "top_eigenvalue": "top eigenvalue",
+        "snr": "SNR",
+        "stability": "stability",
+        "client_variance": "client variance",
+    }
+    if rows:
+        print(f"{'round':>7} " + " ".join(f"{title:>15}" for title in columns.values()))
+    for row in rows:
+        shown = [math.nan if row[name] is None else row[name] for name in columns]
+        print(f"{row['round']:>7} " + " ".join(f"{value:>15.4g}" for value in shown))
 
 
 def _bar(values: config.Values, done: int) -> tqdm.tqdm:
