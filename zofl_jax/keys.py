@@ -1,6 +1,7 @@
 """The key schedule: every random number is a pure function of (seed, name, indices).
 
     seed -> shared  -> round r -> local step k -> direction p -> leaf (by its path)
+                   -> pool -> seed j
          -> cohort  -> round r
          -> batches -> round r -> client i -> local step k
          -> own     -> round r -> client i
@@ -110,6 +111,11 @@ def batch_key(batches: PRNGKey, round_index: Array | int, client: Array | int) -
 def own_key(own: PRNGKey, round_index: Array | int, client: Array | int) -> PRNGKey:
     """Returns the private key of client `client` in a round: for its noise and its rounding."""
     return jax.random.fold_in(jax.random.fold_in(own, round_index), client)
+
+
+def pool_key(shared: PRNGKey) -> PRNGKey:
+    """Returns the key of a pool of directions that are the same in all rounds."""
+    return _settle(jax.random.fold_in(shared, name_id("pool")))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

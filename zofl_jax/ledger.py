@@ -71,7 +71,7 @@ class RoundBytes(NamedTuple):
 
 
 def message_shapes(
-    algorithm: Algorithm, key: PRNGKey, params: Params, batches: Batches
+    algorithm: Algorithm, key: PRNGKey, params: Params, batches: Batches, cohort: int = 1
 ) -> MessageShapes:
     """Returns the shapes of an algorithm's messages, without running anything.
 
@@ -80,15 +80,16 @@ def message_shapes(
       key: a round key.
       params: arrays or `jax.ShapeDtypeStruct`s.
       batches: one client's batches, likewise, [K, B, ...].
+      cohort: how many clients upload in a round.
     """
     sync = algorithm.sync
 
     def exchange(key: PRNGKey, params: Params, batches: Batches) -> tuple[Any, Any, Any]:
         state, memory = algorithm.init(params), algorithm.init_memory(params)
         upload = algorithm.client(key, state, memory, batches, jax.random.key(0)).upload
-        cohort = jax.tree.map(lambda x: x[None], upload)
+        uploads = jax.tree.map(lambda x: jnp.broadcast_to(x, (cohort, *x.shape)), upload)
         message = None if sync is None else sync.message(state)
-        return upload, algorithm.aggregate(cohort, jnp.ones(1)), message
+        return upload, algorithm.aggregate(uploads, jnp.ones(cohort)), message
 
     shapes = jax.eval_shape(exchange, key, params, batches)
     return MessageShapes(shapes[0], shapes[1], shapes[2], sync is not None and sync.alone)

@@ -265,6 +265,7 @@ def make_simulator(
             root.shared,
             params,
             _batches_shape(task, batch_size, phase.algorithm.local_steps),
+            clients_per_round,
         )
         for phase in phases
     ]
