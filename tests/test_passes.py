@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from method_table import METHODS
 
 from zofl_jax import estimators, passes
 from zofl_jax.algorithms import decomfl
@@ -20,8 +21,10 @@ ESTIMATORS = {
 }
 
 
-def evaluations(make_algorithm, forward_mode: bool = False) -> Passes:
-    """Returns how often a client really evaluates the loss, and its gradient in reverse."""
+def evaluations(make_algorithm, forward_mode: bool = False) -> tuple[Passes, Passes]:
+    """Returns what an algorithm declares, and how often a client evaluates the loss and its
+    gradient in reverse.
+    """
     counts: Counter[str] = Counter()
 
     def value(x, batch):
@@ -35,11 +38,11 @@ def evaluations(make_algorithm, forward_mode: bool = False) -> Passes:
     loss = jax.custom_vjp(value)
     loss.defvjp(lambda x, batch: (value(x, batch), x - batch), backward)
     algorithm = make_algorithm(value if forward_mode else loss)
-    state, batches = algorithm.init(jnp.zeros(4)), jnp.ones((algorithm.local_steps, 4))
-    key = jax.random.key(0)
-    jax.block_until_ready(jax.jit(algorithm.client)(key, state, (), batches, key))
+    state, memory = algorithm.init(jnp.zeros(4)), algorithm.init_memory(jnp.zeros(4))
+    batches, key = jnp.ones((algorithm.local_steps, 4)), jax.random.key(0)
+    jax.block_until_ready(jax.jit(algorithm.client)(key, state, memory, batches, key))
     jax.effects_barrier()
-    return Passes(counts["forward"], counts["backward"])
+    return algorithm.passes, Passes(counts["forward"], counts["backward"])
 
 
 @pytest.mark.parametrize("local_steps", [1, 3])
@@ -48,10 +51,16 @@ def test_a_client_computes_what_is_declared(name, local_steps):
     def make(loss):
         return decomfl(loss, ESTIMATORS[name](), optax.sgd(0.1), local_steps=local_steps)
 
-    declared, seen = make(abs).passes, evaluations(make, name == "jvp")
+    declared, seen = evaluations(make, name == "jvp")
     # Forward mode carries a tangent with each value.
     assert declared == (Passes(2 * seen.forward, 0) if name == "jvp" else seen)
     assert seen.backward == (local_steps if name == "projection" else 0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_declares_what_it_computes(name, quick_compile):
+    declared, seen = evaluations(lambda loss: METHODS[name].make(loss, 0.1))
+    assert declared == seen and seen.forward > 0
 
 
 def test_the_total_follows_the_phases():

@@ -129,7 +129,7 @@ def hiso(
         return after._replace(opt_state=HisoState(*after.opt_state[:2]))
 
     plain = decomfl(loss_fn, make_estimator(base), optimizer, local_steps=local_steps)
-    return Algorithm(init, client, plain.aggregate, server, local_steps)
+    return Algorithm(init, client, plain.aggregate, server, local_steps, passes=plain.passes)
 
 
 def _wide(x: Array) -> Any:
