@@ -86,6 +86,7 @@ INTEGERS = (
     "local_steps",
     "num_perturbations",
     "batch_size",
+    "rank",
     "rounds",
     "eval_every",
     "shards_per_client",
@@ -122,6 +123,7 @@ CHOICES = (
         ("momentum", "1.0"),
         ("momentum", "1.5"),
         ("clients_at_once", "-1"),
+        ("perturbations_at_once", "-1"),
         ("seed", "-1"),
         ("seed", "4294967296"),
         ("prng_impl", "rbg"),
@@ -170,6 +172,14 @@ def test_flags_that_do_not_fit_each_other_or_the_data(arguments, message):
 
 
 # What is built.
+
+
+def test_low_rank_directions_say_where_they_save_nothing():
+    low_rank = ["--perturbation=low_rank", "--rank=2", "--local_steps=2"]
+    assert build(*low_rank).notices == ()
+    assert build(*low_rank, "--optimizer=adam", "--local_steps=1").notices == ()
+    (notice,) = build(*low_rank, "--optimizer=adam").notices
+    assert "--optimizer=adam is not linear" in notice
 
 
 def test_digits_are_shared_out_to_all_clients():
@@ -330,7 +340,7 @@ def test_every_estimator_and_perturbation_measures_the_slope(
     )
     algorithm = phases[0].algorithm
     state = algorithm.init({"x": jnp.full(DIM, 2.0)})
-    sample = config.PERTURBATIONS[perturbation]().sample
+    sample = getattr(perturbations, perturbation)().sample
 
     @jax.jit
     def measured_and_exact(key):

@@ -1,6 +1,6 @@
 """The key schedule: every random number is a pure function of (seed, name, indices).
 
-    seed -> shared  -> round r -> local step k -> direction p -> leaf (by its path)
+    seed -> shared  -> round r -> local step k -> direction p -> leaf (by its path) -> block
                    -> pool -> seed j
          -> cohort  -> round r
          -> batches -> round r -> client i -> local step k
@@ -85,6 +85,12 @@ def direction_keys(key: PRNGKey, num_perturbations: int) -> PRNGKey:
     return _settle(jax.vmap(lambda p: jax.random.fold_in(key, p))(jnp.arange(num_perturbations)))
 
 
+def directions_of_steps(key: PRNGKey, steps: int, num_perturbations: int) -> PRNGKey:
+    """Returns the keys of all directions of a round's first `steps` local steps, [steps · P]."""
+    each = jax.vmap(lambda k: direction_keys(step_key(key, k), num_perturbations))
+    return each(jnp.arange(steps)).reshape(-1)
+
+
 def leaf_keys(key: PRNGKey, params: Params) -> Params:
     """Returns a tree like `params` with one key a leaf, derived from the leaf's path.
 
@@ -101,6 +107,11 @@ def leaf_keys(key: PRNGKey, params: Params) -> Params:
         raise ValueError(f"params {twins} would share their directions: rename one of them")
     keys = _settle(jax.vmap(lambda i: jax.random.fold_in(key, i))(np.asarray(ids, np.uint32)))
     return jax.tree.unflatten(treedef, [keys[i] for i in range(len(ids))])
+
+
+def block_key(leaf_key: PRNGKey, block: Array | int) -> PRNGKey:
+    """Returns the key of a block of a leaf, such as one of its layers."""
+    return _settle(jax.random.fold_in(leaf_key, block))
 
 
 def batch_key(batches: PRNGKey, round_index: Array | int, client: Array | int) -> PRNGKey:

@@ -7,7 +7,7 @@ the params, s = H^(−1/2) fits its directions to a curvature H.
 import jax
 import jax.numpy as jnp
 
-from zofl_jax import keys
+from zofl_jax import keys, sums
 from zofl_jax.core import Array, Batch, LossFn, Params, PRNGKey
 from zofl_jax.perturbations import Perturbation
 
@@ -28,13 +28,8 @@ def scaled(perturbation: Perturbation, factors: Params) -> Perturbation:
     def stretch(direction: Params) -> Params:
         return jax.tree.map(lambda z, s: z * s.astype(z.dtype), direction, factors)
 
-    def dense(key: PRNGKey, params: Params) -> Params:
-        # Through `add`, since directions need not be stored as trees like the params.
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return perturbation.add(zeros, perturbation.sample(key, params), 1.0)
-
     def sample(key: PRNGKey, params: Params) -> Params:
-        return stretch(dense(key, params))
+        return stretch(sums.arrays(perturbation.sample(key, params)))
 
     def add(params: Params, direction: Params, scale: Array | float) -> Params:
         return jax.tree.map(lambda x, z: x + jnp.asarray(scale, x.dtype) * z, params, direction)

@@ -9,7 +9,8 @@ Round r, shared key s_r, cohort C_r, K local steps, P directions z[k,p] drawn fr
     server: broadcasts ḡ = mean_i g_i
     everyone, from x_r: the same K optimiser steps with ḡ in place of g_i
 
-The update after a client's last local step is never needed, so it is not computed.
+The update after a client's last local step is never needed, so it is not computed. With
+low-rank directions and a linear optimiser no client has params of its own: see `local_models.py`.
 Ref: arXiv 2405.15861, Algorithms 3 and 4 (Algorithm 5 with the `projection` estimator).
 """
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import aggregation, keys
+from zofl_jax import aggregation, keys, local_models
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -103,11 +104,27 @@ def decomfl(
             estimate = measure(k, params, batch)
             return (params, opt_state, estimate.scalars), estimate
 
-        rest = jax.tree.map(lambda b: b[1:], batches)
+        num_perturbations = estimator.num_perturbations
+        combine = estimator.perturbation.combine
+
+        def step_in_common(carry: tuple, inputs: tuple) -> tuple:
+            assert combine is not None
+            model, scalars = carry
+            k, batch = inputs
+            model = local_models.descend(
+                optimizer, model, (k - 1) * num_perturbations, scalars / num_perturbations
+            )
+            estimate = measure(k, combine(model.params, used, model.coefficients), batch)
+            return (model, estimate.scalars), estimate
+
+        rest = (jnp.arange(1, local_steps), jax.tree.map(lambda b: b[1:], batches))
         later: Estimate
-        _, later = jax.lax.scan(
-            step, (state.params, state.opt_state, scalars), (jnp.arange(1, local_steps), rest)
-        )
+        if combine is not None and local_models.is_linear(optimizer, state.params):
+            used = keys.directions_of_steps(key, local_steps - 1, num_perturbations)
+            model = local_models.start(optimizer, state.params, state.opt_state, used.size)
+            _, later = jax.lax.scan(step_in_common, (model, scalars), rest)
+        else:
+            _, later = jax.lax.scan(step, (state.params, state.opt_state, scalars), rest)
         upload = jnp.concatenate([scalars[None], later.scalars])
         return ClientResult(upload, memory, {"loss": (loss + later.loss.sum()) / local_steps})
 
