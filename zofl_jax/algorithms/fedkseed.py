@@ -51,7 +51,7 @@ class SeedPool(NamedTuple):
 def fedkseed(
     loss_fn: LossFn,
     estimator: Estimator,
-    learning_rate: float,
+    learning_rate: float | Array,
     *,
     pool_key: PRNGKey,
     pool_size: int = 4096,

@@ -37,7 +37,7 @@ from zofl_jax.core import (
 
 def scaffold(
     loss_fn: LossFn,
-    learning_rate: float,
+    learning_rate: float | Array,
     *,
     share: float,
     local_steps: int = 1,
