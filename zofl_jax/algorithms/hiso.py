@@ -138,7 +138,7 @@ def hiso(
     plain = decomfl(loss_fn, make_estimator(base), optimizer, local_steps=local_steps)
     # Without learning H stays 1, and multiplying by it might round otherwise than DeComFL.
     replayed = server if nu else server_without_learning
-    return Algorithm(init, client, plain.aggregate, replayed, local_steps)
+    return Algorithm(init, client, plain.aggregate, replayed, local_steps, passes=plain.passes)
 
 
 def _wide(x: Array) -> Any:
