@@ -44,6 +44,7 @@ class Work(NamedTuple):
       estimator: "central" or "forward".
       clients_at_once: see `batching.at_once`.
       bound_batches: sizes of a batch that the bound tries, in examples.
+      architecture: of a language model.
     """
 
     task: Task
@@ -55,6 +56,7 @@ class Work(NamedTuple):
     estimator: str
     clients_at_once: int | None
     bound_batches: tuple[int, ...]
+    architecture: architectures.Config | None = None
 
     @property
     def examples(self) -> int:
@@ -111,6 +113,7 @@ def decoder_work(
         "forward",
         clients_at_once,
         fitting,
+        config,
     )
 
 
