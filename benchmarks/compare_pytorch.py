@@ -32,7 +32,7 @@ import torch
 from benchmarks import measuring, workloads
 from benchmarks.round import Rounds
 from benchmarks.workloads import LEARNING_RATE, SMOOTHING, Work
-from zofl_jax import placement
+from zofl_jax import keys, placement
 from zofl_jax.models import architectures
 
 Direction = Callable[[int, int], torch.Tensor]  # (local step, index) -> z [d]
@@ -234,6 +234,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--config", required=True, choices=[c for c in workloads.CONFIGS if c != "opt-1.3b"]
     )
     made.add_argument("--variants", default="gaussian", help="of our round, separated by commas")
+    made.add_argument("--prng_impl", default="threefry2x32", choices=keys.IMPLEMENTATIONS)
     options = made.parse_args(argv)
     measuring.check_repeats(made, options)
     variants = options.variants.split(",")
@@ -245,7 +246,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     work = workloads.CONFIGS[options.config](smoke=options.smoke)
     result = {
         "config": options.config,
-        **compare(work, variants, devices, options.repeats),
+        "prng_impl": options.prng_impl,
+        **compare(work, variants, devices, options.prng_impl, options.repeats),
     }
     result |= measuring.machine(devices)
     result["versions"] |= {"torch": importlib.metadata.version("torch")}
@@ -254,10 +256,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return result
 
 
-def compare(work: Work, variants: Sequence[str], devices: int, repeats: int) -> dict[str, Any]:
+def compare(
+    work: Work, variants: Sequence[str], devices: int, prng_impl: str, repeats: int
+) -> dict[str, Any]:
     """Returns the times of both forms of a round and their ratios."""
     forms = torch_forms(work)
-    ours = [Rounds(workloads.simulator(work, variant, devices)) for variant in variants]
+    ours = [Rounds(workloads.simulator(work, variant, devices, prng_impl)) for variant in variants]
     jobs: list[Callable[[], Any]] = [*forms.values(), *ours]
     times = measuring.by_turns(jobs, repeats)
     theirs = dict(zip(forms, times, strict=False))
