@@ -84,9 +84,10 @@ def measure(work: Work, variant: str, devices: int, prng_impl: str, repeats: int
     for each in rounds:
         each()  # compiles
     compile_seconds = rounds[0].simulator.compile_seconds()
-    for each, took in zip(rounds, measuring.by_turns(rounds, 1), strict=True):
-        each.count = _rounds_at_once(took.median)
-    bound, batching = best_bound(work, devices)
+    if repeats > 1:
+        for each, took in zip(rounds, measuring.by_turns(rounds, 1), strict=True):
+            each.count = _rounds_at_once(took.median)
+    bound, batching = best_bound(work, devices, repeats)
     times = measuring.by_turns([bound, *rounds], repeats, least_seconds=5.0 if repeats > 1 else 0)
     seconds = [t.median / each.count for t, each in zip(times[1:], rounds, strict=True)]
     result = {
@@ -113,7 +114,7 @@ def measure(work: Work, variant: str, devices: int, prng_impl: str, repeats: int
     return result
 
 
-def best_bound(work: Work, devices: int) -> tuple[Any, dict[str, int]]:
+def best_bound(work: Work, devices: int, repeats: int) -> tuple[Any, dict[str, int]]:
     """Returns the fastest way to do the forward passes, and what it is."""
     jobs, labels = [], []
     initial = work.task.init(jax.random.key(0))
@@ -122,7 +123,7 @@ def best_bound(work: Work, devices: int) -> tuple[Any, dict[str, int]]:
         for batch in work.bound_batches:
             jobs.append(functools.partial(workloads.bound(work, params, batch, used), params))
             labels.append({"batch": batch, "devices": used})
-    times = measuring.by_turns(jobs, 2, least_seconds=10.0 if len(jobs) > 2 else 0.0)
+    times = measuring.by_turns(jobs, 2, least_seconds=10.0 if repeats > 1 else 0.0)
     best = min(range(len(jobs)), key=lambda i: min(times[i].seconds))
     return jobs[best], labels[best]
 
