@@ -14,6 +14,10 @@ needs them: one more forward pass a step for its statistics, and dropout. Langua
 the whole vocabulary at every position, as theirs do; `lean` is the same with the last position
 alone.
 
+On a busy machine PyTorch's threads wait for each other in a loop, which counts as CPU time too;
+with `--torch_threads=1` they don't, and `ratio_cpu_seconds` is then a fair figure, as if PyTorch
+made perfect use of any number of cores.
+
 In a population of N clients with M a round, a client that takes part was last there N / M rounds
 ago on average, so it misses N / M - 1 and replays N / M, its own last one included. For
 `--config=decoder-135m` one replayed round is timed and the times for populations are reckoned
@@ -234,6 +238,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--config", required=True, choices=[c for c in workloads.CONFIGS if c != "opt-1.3b"]
     )
     made.add_argument("--variants", default="gaussian", help="of our round, separated by commas")
+    made.add_argument("--torch_threads", type=int, help="all cores unless given")
     made.add_argument("--prng_impl", default="threefry2x32", choices=keys.IMPLEMENTATIONS)
     options = made.parse_args(argv)
     measuring.check_repeats(made, options)
@@ -243,6 +248,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     devices = placement.use_cpu_devices(None if options.config.startswith("cnn") else 1)
     devices = devices if options.config.startswith("cnn") else 1
     measuring.without_cache()
+    if options.torch_threads:
+        torch.set_num_threads(options.torch_threads)
     work = workloads.CONFIGS[options.config](smoke=options.smoke)
     result = {
         "config": options.config,
@@ -272,6 +279,11 @@ def compare(
         "pytorch_cpu_seconds": {name: each.median_cpu for name, each in theirs.items()},
         "cpu_seconds_per_round": {name: each.median_cpu for name, each in rounds.items()},
         "turns": len(times[0].seconds),
+        "ratio_cpu_seconds": {
+            form: {name: slow.median_cpu / each.median_cpu for name, each in rounds.items()}
+            for form, slow in theirs.items()
+            if form != "replay"
+        },
         "ratio": {
             form: {name: measuring.ratio(slow, each) for name, each in rounds.items()}
             for form, slow in theirs.items()

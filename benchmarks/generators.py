@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from benchmarks import measuring, workloads
 from zofl_jax import compilation, keys, placement
-from zofl_jax import perturbations as p
 from zofl_jax.core import Array, PRNGKey
 
 SIZE, SMOKE_SIZE = 2048**2, 64**2
@@ -32,7 +31,7 @@ def draws(size: int) -> dict[str, Callable[[PRNGKey], Any]]:
         "normal": lambda key: jax.random.normal(key, (size,)),
         "jax_rademacher": lambda key: jax.random.rademacher(key, (size,), jnp.float32),
     }
-    for variant in ("gaussian", "rademacher", *(["low_rank"] if hasattr(p, "low_rank") else [])):
+    for variant in ("gaussian", "rademacher", "low_rank"):
         sample = workloads.perturbation(variant).sample
         named[variant] = functools.partial(_sample, sample, params)
     return named

@@ -41,19 +41,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         help="run rounds too, each in a process of its own",
     )
     made.add_argument("--prng_impl", default="threefry2x32", choices=keys.IMPLEMENTATIONS)
+    made.add_argument(
+        "--perturbations_at_once", type=int, help="of low_rank; all of them unless given"
+    )
     made.add_argument("--one", help=argparse.SUPPRESS)
     options = made.parse_args(argv)
     placement.use_cpu_devices(1)
     measuring.without_cache()
     if options.one:
         variant, clients = options.one.split(",")
-        work = work_for(int(clients), options.smoke, short=True)
+        work = work_for(int(clients), options, short=True)
         print(json.dumps(process_peak(work, variant, options.prng_impl)))
         return {}
     rows = []
     for variant in options.variants.split(","):
         for clients in map(int, options.clients.split(",")):
-            work = work_for(clients, options.smoke)
+            work = work_for(clients, options)
             row = {
                 "variant": variant,
                 "clients": clients,
@@ -66,6 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "config": "decoder-135m",
         "prng_impl": options.prng_impl,
         "clients_at_once": AT_ONCE,
+        "perturbations_at_once": options.perturbations_at_once,
         "rows": rows,
         "multiples": {f"{r['variant']}_{r['clients']}": r["params_multiple"] for r in rows},
         **measuring.machine(1),
@@ -74,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return result
 
 
-def work_for(clients: int, smoke: bool, short: bool = False) -> Work:
+def work_for(clients: int, options: argparse.Namespace, short: bool = False) -> Work:
     """Returns the round; `short` has one direction and short texts."""
     return workloads.decoder_work(
         "smollm2-135m",
@@ -83,8 +87,8 @@ def work_for(clients: int, smoke: bool, short: bool = False) -> Work:
         length=PROCESS_LENGTH if short else LENGTH,
         num_perturbations=1 if short else 5,
         clients_at_once=AT_ONCE,
-        smoke=smoke,
-    )
+        smoke=options.smoke,
+    )._replace(perturbations_at_once=options.perturbations_at_once)
 
 
 def compiled_peak(work: Work, variant: str, prng_impl: str) -> dict[str, Any]:
@@ -134,10 +138,12 @@ def process_peak(work: Work, variant: str, prng_impl: str) -> dict[str, Any]:
 def _in_process(variant: str, clients: int, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.memory", f"--one={variant},{clients}"]
     command += [f"--prng_impl={options.prng_impl}", *(["--smoke"] if options.smoke else [])]
+    if options.perturbations_at_once:
+        command += [f"--perturbations_at_once={options.perturbations_at_once}"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout)
     params = ledger.tree_bytes(
-        jax.eval_shape(work_for(clients, options.smoke).task.init, jax.random.key(0))
+        jax.eval_shape(work_for(clients, options).task.init, jax.random.key(0))
     )
     peak = found["process_peak_bytes"] - found["process_activations_bytes"]
     return found | {"process_params_multiple": peak / params}

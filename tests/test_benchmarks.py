@@ -1,5 +1,6 @@
 """The measurements run in a tiny size and write what they promise; the table says what they say."""
 
+import argparse
 import json
 
 import jax
@@ -83,7 +84,8 @@ def test_memory_counts_params_and_temporaries(tmp_path):
 
 
 def test_the_process_peak_is_that_of_its_arrays():
-    work = memory.work_for(2, smoke=True, short=True)
+    options = argparse.Namespace(smoke=True, perturbations_at_once=None)
+    work = memory.work_for(2, options, short=True)
     found = memory.process_peak(work, "rademacher", "threefry2x32")
     assert 0 < found["process_peak_bytes"] < 2**30
 
