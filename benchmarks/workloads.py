@@ -44,6 +44,8 @@ class Work(NamedTuple):
       estimator: "central" or "forward".
       clients_at_once: see `batching.at_once`.
       bound_batches: sizes of a batch that the bound tries, in examples.
+      architecture: of a language model.
+      perturbations_at_once: see `estimators.forward_difference`.
     """
 
     task: Task
@@ -55,6 +57,8 @@ class Work(NamedTuple):
     estimator: str
     clients_at_once: int | None
     bound_batches: tuple[int, ...]
+    architecture: architectures.Config | None = None
+    perturbations_at_once: int | None = None
 
     @property
     def examples(self) -> int:
@@ -111,6 +115,7 @@ def decoder_work(
         "forward",
         clients_at_once,
         fitting,
+        config,
     )
 
 
@@ -194,19 +199,20 @@ def token_task(config: architectures.Config, clients: int, each: int, length: in
 def perturbation(variant: str) -> perturbations.Perturbation:
     """Returns the distribution of the directions of a variant; low rank is rank 1."""
     if variant == "low_rank":
-        return getattr(perturbations, "low_rank")(1)  # noqa: B009
+        return perturbations.low_rank(1)
     return perturbations.rademacher() if variant == "rademacher" else perturbations.gaussian()
 
 
 def algorithm(work: Work, variant: str) -> Algorithm:
     """Returns DeComFL with plain SGD on this work."""
     count, chosen = work.num_perturbations, perturbation(variant)
+    at_once = (work.clients_at_once, work.perturbations_at_once)
     if variant == "projection":
         estimator = estimators.projection(count, chosen, work.clients_at_once)
     elif work.estimator == "central":
-        estimator = estimators.central_difference(count, SMOOTHING, chosen, work.clients_at_once)
+        estimator = estimators.central_difference(count, SMOOTHING, chosen, *at_once)
     else:
-        estimator = estimators.forward_difference(count, SMOOTHING, chosen, work.clients_at_once)
+        estimator = estimators.forward_difference(count, SMOOTHING, chosen, *at_once)
     optimizer = optax.sgd(LEARNING_RATE)
     return decomfl(work.task.loss, estimator, optimizer, local_steps=work.local_steps)
 
