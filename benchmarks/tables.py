@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import speed
 from experiments import theory
 from zofl_jax.plots import human_bytes
 
@@ -26,7 +27,12 @@ def main() -> None:
     """Rewrites README.md."""
     path = ROOT / "README.md"
     text = path.read_text()
-    for name, content in [("results", fashion_table()), ("theory", theory_table())]:
+    tables = {
+        "results": fashion_table(),
+        "theory": theory_table(),
+        "speed": speed.table(RESULTS),
+    }
+    for name, content in tables.items():
         opening, closing = f"<!-- {name} -->", f"<!-- end {name} -->"
         try:
             start, end = text.index(opening) + len(opening), text.index(closing)

@@ -5,6 +5,7 @@ Flags end here and in `methods.py`: `resolve` turns them into a flat dict (the r
 """
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -231,7 +232,7 @@ def build(values: Values, devices: int | None = None) -> Experiment:
         built_language, label_counts = language.build(values, root)
         task = built_language.task
     else:
-        dataset = _dataset(values)
+        dataset = _dataset(values["task"], values["data_dir"])
         order, offsets = _partition(values, dataset, root)
         model = MODELS[values["model"]](dataset.num_classes)
         objective = objectives.CLASSIFICATION[values["objective"]]
@@ -239,19 +240,7 @@ def build(values: Values, devices: int | None = None) -> Experiment:
         label_counts = partition.label_counts(
             dataset.train["label"], order, offsets, dataset.num_classes
         )
-    simulator = simulation.make_simulator(
-        methods.build_phases(values, task),
-        task,
-        clients_per_round=values["clients_per_round"],
-        batch_size=values["batch_size"],
-        seed=values["seed"],
-        prng_impl=values["prng_impl"],
-        weighting=values["weighting"],
-        eval_batch_size=LANGUAGE_EVAL_BATCH if built_language else EVAL_BATCH,
-        mesh=mesh,
-        conditions=conditions.build(values, task, root),
-        epsilon=conditions.epsilon(values, task),
-    )
+    simulator = _simulator(values, task, mesh)
     notes = _notes(values, simulator)
     return Experiment(task, simulator, label_counts, minimum, built_language, notes)
 
@@ -268,6 +257,16 @@ def _notes(values: Values, simulator: simulation.Simulator) -> tuple[str, ...]:
         f"--optimizer={values['optimizer']} is not linear, so at --local_steps="
         f"{values['local_steps']} every client has a copy of the params; sgd needs none",
     )
+
+
+@_as_user_errors()
+def at_learning_rate(experiment: Experiment, values: Values, devices: int | None) -> Experiment:
+    """Returns an experiment at another learning rate, with the same data; `values` hold it.
+
+    Both share compiled functions through the compilation cache.
+    """
+    simulator = _simulator(values, experiment.task, _mesh(values, devices))
+    return experiment._replace(simulator=simulator)
 
 
 def rebuild(
@@ -300,6 +299,24 @@ def rebuild(
     return state, done, same
 
 
+def _simulator(values: Values, task: Task, mesh: Mesh | None) -> simulation.Simulator:
+    texts = language.is_language_task(values["task"])
+    root = keys.root(values["seed"], values["prng_impl"])
+    return simulation.make_simulator(
+        methods.build_phases(values, task),
+        task,
+        clients_per_round=values["clients_per_round"],
+        batch_size=values["batch_size"],
+        seed=values["seed"],
+        prng_impl=values["prng_impl"],
+        weighting=values["weighting"],
+        eval_batch_size=LANGUAGE_EVAL_BATCH if texts else EVAL_BATCH,
+        mesh=mesh,
+        conditions=conditions.build(values, task, root),
+        epsilon=conditions.epsilon(values, task),
+    )
+
+
 def _mesh(values: Values, devices: int | None) -> Mesh | None:
     one = devices is None and values["model"] not in CONVOLUTIONAL
     placement.use_cpu_devices(1 if one else devices)
@@ -312,8 +329,8 @@ def _mesh(values: Values, devices: int | None) -> Mesh | None:
     return placement.clients_mesh(found[: min(wanted, values["clients_per_round"])])
 
 
-def _dataset(values: Values) -> sources.Dataset:
-    task, data_dir = values["task"], values["data_dir"]
+@functools.lru_cache(maxsize=1)  # runs of a comparison share it
+def _dataset(task: str, data_dir: Any) -> sources.Dataset:
     if task == "digits":
         return sources.digits()
     if task == "idx":

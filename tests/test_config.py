@@ -19,7 +19,8 @@ from zofl_jax import estimators, keys, perturbations
 from zofl_jax.core import Phase, Task
 from zofl_jax.simulation import phase_at
 
-FLAGFILES = sorted((Path(config.__file__).parent / "flagfiles").glob("*.flags"))
+FOLDER = Path(config.__file__).parent / "flagfiles"
+FLAGFILES = sorted(set(FOLDER.glob("*.flags")) - set(FOLDER.glob("compare_*")))
 DIM = 7  # odd, so that no Rademacher direction is orthogonal to the diagonal
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from zofl_jax import ledger, participation, rounds
 from zofl_jax.core import Broadcast, ServerState
+from zofl_jax.diagnostics import Diagnosis
 from zofl_jax.runs import RoundRow, Run, RunError
 from zofl_jax.simulation import Progress, Record, Simulator, Trace, phase_at
 
@@ -22,7 +23,8 @@ FINGERPRINT = "params_fingerprint"
 RUN_SECONDS = "run_seconds"
 REJECTED = "rejected"
 EPSILON = "epsilon"
-_HOST_METRICS = (FINGERPRINT, RUN_SECONDS, REJECTED, EPSILON, "train_loss")
+TEST = "test_"
+DIAGNOSIS = "diagnosis_"
 
 
 def write_rounds(
@@ -64,9 +66,26 @@ def write_rounds(
 
 def write_record(run: Run, record: Record) -> None:
     """Adds an evaluation to the log; the metrics of the test set are named test_*."""
-    metrics = {f"test_{name}": value for name, value in record.metrics.items()}
+    metrics = {f"{TEST}{name}": value for name, value in record.metrics.items()}
     spent = {} if record.epsilon is None else {EPSILON: record.epsilon}
     run.log.write_metrics(record.round, {"train_loss": record.train_loss, **metrics, **spent})
+
+
+def write_diagnosis(run: Run, rounds_done: int, diagnosis: Diagnosis) -> None:
+    """Adds a diagnosis to the log."""
+    values = {f"{DIAGNOSIS}{name}": value for name, value in diagnosis._asdict().items()}
+    run.log.write_metrics(rounds_done, values)
+
+
+def diagnoses(run: Run) -> list[dict[str, float]]:
+    """Returns the diagnoses in the log, {"round", "trace", ...} each, in the order of rounds."""
+    rows = []
+    for rounds_done, values in run.log.metrics().items():
+        names = [name for name in Diagnosis._fields if f"{DIAGNOSIS}{name}" in values]
+        if names:
+            found = {name: values[f"{DIAGNOSIS}{name}"] for name in names}
+            rows.append({"round": rounds_done, **found})
+    return rows
 
 
 def save_snapshot(run: Run, progress: Progress) -> None:
@@ -168,9 +187,9 @@ def _recount(run: Run, simulator: Simulator, progress: Progress) -> Progress:
             losses.append(row.train_loss)
             seconds = values.get(RUN_SECONDS, seconds)
             tests = {
-                name.removeprefix("test_"): value
+                name.removeprefix(TEST): value
                 for name, value in values.items()
-                if name not in _HOST_METRICS
+                if name.startswith(TEST)
             }
             if tests:
                 loss = values.get("train_loss", math.nan)

@@ -100,6 +100,8 @@ class Simulator(NamedTuple):
       seeds: round indices [n], n <= `rounds.CAPACITY` -> the raw words of the shared keys
         as they are sent, uint32 [n, words].
       compile_seconds: () -> seconds spent on compilation so far.
+      memory_bytes: () -> the device memory that the rounds compiled so far need, data and the
+        buffers of a dispatch included, see `compilation.memory_bytes`.
       num_devices: that the cohort is shared out over.
       conditions: under which rounds run.
       epsilon: ledger -> ε spent so far, if it is accounted for.
@@ -119,6 +121,7 @@ class Simulator(NamedTuple):
     cohorts: Callable[[np.ndarray], np.ndarray]
     seeds: Callable[[np.ndarray], np.ndarray]
     compile_seconds: Callable[[], float]
+    memory_bytes: Callable[[], int]
     num_devices: int = 1
     conditions: traced.Conditions = traced.IDEAL
     epsilon: Callable[[ledger.Ledger], float] | None = None
@@ -323,6 +326,7 @@ def make_simulator(
         cohorts,
         seeds,
         lambda: sum(compiler.seconds),
+        functools.partial(compiler.memory_bytes, "advance"),
         1 if mesh is None else mesh.size,
         conditions,
         epsilon,
@@ -465,3 +469,8 @@ class _Compiler:
             self._compiled[name] = compilation.compiled(fn, args, donate)
             self.seconds.append(time.perf_counter() - began)
         return self._compiled[name](*args)
+
+    def memory_bytes(self, kind: str) -> int:
+        """Returns the most that a function named (kind, ...) needs, 0 before its compilation."""
+        needed = [compilation.memory_bytes(f) for name, f in self._compiled.items() if kind in name]
+        return max(needed, default=0)

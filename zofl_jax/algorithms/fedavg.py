@@ -26,6 +26,7 @@ from zofl_jax.core import (
     ClientResult,
     LossFn,
     Params,
+    Passes,
     PRNGKey,
     ServerState,
     Sync,
@@ -86,9 +87,10 @@ def dense(
     aggregate: Callable[[Upload, Array], Broadcast] = aggregation.mean,
     clients_at_once: int | None = None,
     shared_directions: bool = False,
+    passes: Passes = Passes(1, 1),  # noqa: B008 (a constant)
 ) -> Algorithm:
     """Returns FedAvg on any gradient; one that draws directions draws them from a client's own
-    key, or from the round's if they are shared.
+    key, or from the round's if they are shared. `passes` is what the gradient computes.
 
     Raises:
       ValueError: if `local_steps` < 1.
@@ -119,6 +121,7 @@ def dense(
         server=descend_by(applied),
         local_steps=local_steps,
         sync=whole_model(),
+        passes=passes.times(local_steps),
     )
 
 

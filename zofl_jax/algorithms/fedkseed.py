@@ -170,6 +170,7 @@ def fedkseed(
         server=server,
         local_steps=local_steps,
         sync=Sync(message=lambda state: state.opt_state, restore=restore, alone=False),
+        passes=estimator.passes.times(local_steps),
     )
 
 

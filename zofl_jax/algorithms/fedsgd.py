@@ -21,6 +21,7 @@ from zofl_jax.core import (
     Broadcast,
     ClientResult,
     LossFn,
+    Passes,
     PRNGKey,
     ServerState,
     Upload,
@@ -64,4 +65,5 @@ def fedsgd(
         server=descend_by(optimizer),
         local_steps=1,
         sync=whole_model(),
+        passes=Passes(1, 1),
     )

@@ -47,4 +47,10 @@ def fedzo(
     (3,)
     """
     gradient = estimated(loss_fn, estimator)
-    return dense(gradient, optimizer, local_steps=local_steps, shared_directions=shared_directions)
+    return dense(
+        gradient,
+        optimizer,
+        local_steps=local_steps,
+        shared_directions=shared_directions,
+        passes=estimator.passes,
+    )

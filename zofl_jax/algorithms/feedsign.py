@@ -86,4 +86,4 @@ def feedsign(
     def _signs(packed: Array) -> Array:
         return 1 - 2 * compression.unpack(packed, 1, count).astype(jnp.float32)
 
-    return Algorithm(inner.init, client, aggregate, server, 1)
+    return Algorithm(inner.init, client, aggregate, server, 1, passes=inner.passes)

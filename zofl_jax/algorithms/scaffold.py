@@ -27,6 +27,7 @@ from zofl_jax.core import (
     ClientResult,
     LossFn,
     Params,
+    Passes,
     PRNGKey,
     ServerState,
     Sync,
@@ -123,4 +124,5 @@ def scaffold(
             restore=lambda state, message: state._replace(params=message[0], opt_state=message[1]),
             alone=True,
         ),
+        passes=Passes(1, 1).times(local_steps),
     )

@@ -1,0 +1,194 @@
+"""The measurements run in a tiny size and write what they promise; the table says what they say."""
+
+import argparse
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import dispatch, generators, measuring, memory, round, speed, workloads
+from zofl_jax import keys
+
+KEYS = {
+    "config",
+    "variant",
+    "seconds_per_round",
+    "bound_seconds",
+    "ratio_to_bound",
+    "compile_seconds",
+    "peak_memory_bytes",
+    "device",
+    "versions",
+}
+
+
+@pytest.fixture(autouse=True)
+def keep_the_cache(monkeypatch):
+    """The measurements turn the compilation cache off; the tests want it."""
+    monkeypatch.setattr(measuring, "without_cache", lambda: None)
+
+
+def run(module, tmp_path, *flags):
+    out = tmp_path / "result.json"
+    module.main(["--smoke", f"--out={out}", *flags])
+    return json.loads(out.read_text())
+
+
+def test_round_writes_what_it_promises(tmp_path):
+    result = run(round, tmp_path, "--config=decoder-135m", "--variant=projection")
+    assert result.keys() >= KEYS
+    assert result["examples_per_round"] == 6 * 2 * 2
+    assert result["seconds_per_round"] > 0
+    assert result["speedup_over_differences"] > 0
+    assert result["peak_memory_bytes"] > result["params_bytes"]
+
+
+def test_a_round_is_compared_with_as_many_examples():
+    central = workloads.cnn_work(4, 20)
+    assert central.examples == 4 * 20 * 2 * 10 * 32
+    params = jax.eval_shape(central.task.init, jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(params)) == 28_938
+
+
+def test_the_bound_evaluates_all_the_examples():
+    work = workloads.cnn_work(1, 1, smoke=True)
+    assert work.examples == 2 * 2 * 4
+    seen = []
+
+    def loss(params, batch):
+        jax.debug.callback(lambda labels: seen.extend(labels.tolist()), batch["label"])
+        return jnp.zeros(())
+
+    work = work._replace(task=work.task._replace(loss=loss))
+    workloads.bound(work, {}, batch=4, devices=1)({})
+    jax.effects_barrier()
+    assert len(seen) == work.examples
+
+
+def test_population_has_a_row_a_size(tmp_path):
+    result = run(round, tmp_path, "--config=population")
+    first, last = result["populations"]
+    assert last["clients"] == 2 * first["clients"]
+    assert last["peak_memory_bytes"] - first["peak_memory_bytes"] <= (
+        last["index_bytes"] - first["index_bytes"]
+    )
+
+
+def test_memory_counts_params_and_temporaries(tmp_path):
+    result = run(memory, tmp_path, "--variants=gaussian", "--clients=2", "--no-process")
+    (row,) = result["rows"]
+    assert row["peak_memory_bytes"] > row["params_bytes"] + row["activations_bytes"]
+    assert result["multiples"]["gaussian_2"] > 1
+
+
+def test_the_process_peak_is_that_of_its_arrays():
+    options = argparse.Namespace(smoke=True, perturbations_at_once=None)
+    work = memory.work_for(2, options, short=True)
+    found = memory.process_peak(work, "rademacher", "threefry2x32")
+    assert 0 < found["process_peak_bytes"] < 2**30
+
+
+def test_generators_rates(tmp_path):
+    result = run(generators, tmp_path)
+    assert result["rates"].keys() == set(keys.IMPLEMENTATIONS)
+    for rates in result["rates"].values():
+        assert all(rate["million_per_second"] > 0 for rate in rates.values())
+        assert {"words", "normal", "gaussian", "rademacher"} <= rates.keys()
+
+
+def test_dispatch_compares_a_run_with_its_rounds(tmp_path):
+    result = run(dispatch, tmp_path)
+    assert result["run_seconds"] > 0
+    assert result["overhead"] < 1
+
+
+def test_few_repeats_are_refused():
+    with pytest.raises(SystemExit):
+        round.main(["--config=cnn", "--repeats=3"])
+
+
+def test_a_round_without_the_memory_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(round, "_memory", lambda: 2**20)
+    with pytest.raises(SystemExit):
+        round.main(["--config=decoder-135m"])
+    assert "needs about" in capsys.readouterr().err
+
+
+def test_turns_interleave():
+    calls = []
+    times = measuring.by_turns([lambda: calls.append("a"), lambda: calls.append("b")], 2)
+    assert calls == ["a", "b"] * 3
+    assert [len(each.seconds) for each in times] == [2, 2]
+
+
+def test_the_table_tells_which_goals_are_reached(tmp_path):
+    (tmp_path / "round_cnn_gaussian.json").write_text('{"ratio_to_bound": 1.2}')
+    (tmp_path / "compare_cnn.json").write_text('{"ratio": {"plain": {"gaussian": 1.5}}}')
+    lines = speed.table(tmp_path).splitlines()
+    assert lines[2].endswith("| ≤ 1.25x the bound | 1.2x | yes |")
+    assert lines[3].endswith("| ≥ 2x faster than the PyTorch form | 1.5x | **no** |")
+    assert all(speed.MISSING in line for line in lines[4:])
+
+
+def test_the_pytorch_client_measures_the_same_scalars():
+    torch = pytest.importorskip("torch")
+    from benchmarks import compare_pytorch
+
+    work = workloads.cnn_work(2, 3, smoke=True)
+    algorithm = workloads.algorithm(work, "gaussian")
+    params = work.task.init(jax.random.key(0))
+    key = jax.random.key(1)
+    rows = np.arange(work.local_steps * work.batch).reshape(work.local_steps, work.batch)
+    batches = jax.tree.map(lambda x: jnp.asarray(x[rows]), work.task.test)
+    ours = algorithm.client(key, algorithm.init(params), (), batches).upload
+
+    def vector(tree):
+        """Returns the leaves in PyTorch's order and layout, [d]."""
+        side = int((tree["output"]["kernel"].shape[0] // 32) ** 0.5)
+        output = tree["output"]["kernel"].reshape(side, side, 32, 10)
+        leaves = [
+            tree["conv1"]["kernel"].transpose(3, 2, 0, 1),
+            tree["conv1"]["bias"],
+            tree["conv2"]["kernel"].transpose(3, 2, 0, 1),
+            tree["conv2"]["bias"],
+            output.transpose(3, 2, 0, 1),
+            tree["output"]["bias"],
+        ]
+        return torch.tensor(np.concatenate([np.ravel(leaf) for leaf in leaves]))
+
+    model, loss = compare_pytorch.image_model(work)
+    torch.nn.utils.vector_to_parameters(vector(params), model.parameters())
+    client = compare_pytorch.TorchClient(model, work, loss)
+
+    def direction(step, index):
+        chosen = keys.direction_keys(keys.step_key(key, step), work.num_perturbations)[index]
+        return vector(workloads.perturbation("gaussian").sample(chosen, params))
+
+    draw = compare_pytorch.torch_batches(work)
+    theirs = compare_pytorch.measure(client, direction, [draw() for _ in range(work.local_steps)])
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=3e-3, rtol=3e-3)
+    assert np.abs(ours).max() > 0.1
+
+
+def test_a_pytorch_client_that_missed_rounds_catches_up():
+    torch = pytest.importorskip("torch")
+    from benchmarks import compare_pytorch
+
+    work = workloads.cnn_work(2, 3, smoke=True)
+    model, loss = compare_pytorch.image_model(work)
+    client = compare_pytorch.TorchClient(model, work, loss)
+    missed = [compare_pytorch.Round(seed, torch.ones(2, 3) * seed) for seed in (1, 2)]
+    with torch.no_grad():
+        before = torch.nn.utils.parameters_to_vector(model.parameters())
+        client.rejoin(missed)
+        once = torch.nn.utils.parameters_to_vector(model.parameters())
+        steps = [
+            client.direction(each.seed, k, p) * each.seed / 3
+            for each in missed
+            for k in range(2)
+            for p in range(3)
+        ]
+    expected = before - workloads.LEARNING_RATE * sum(steps)
+    torch.testing.assert_close(once, expected)
