@@ -1,5 +1,6 @@
 """Flags of attacks, rules, privacy and participation: what they build, and what is refused."""
 
+import functools
 import math
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from experiments import conditions, config
+from experiments import conditions, config, methods
 from experiments.entry import UserError
 from zofl_jax import simulation
 
@@ -26,9 +27,13 @@ def ran(*arguments, rounds=3):
     return simulator, simulation.run(simulator, rounds=rounds)
 
 
+@functools.cache
+def plain() -> simulation.Simulator:
+    return config.build(resolve()).simulator
+
+
 def test_by_default_nothing_goes_wrong():
-    values = resolve()
-    simulator = config.build(values).simulator
+    simulator = plain()
     assert simulator.epsilon is None
     assert simulator.conditions.adversary is None
     assert simulator.conditions.attend is None
@@ -38,26 +43,24 @@ def test_by_default_nothing_goes_wrong():
 
 @pytest.mark.parametrize("attack", conditions.ATTACKS[1:])
 def test_every_attack_has_its_malicious_clients(attack):
-    simulator = config.build(resolve(f"--attack={attack}", "--malicious_share=0.3")).simulator
-    adversary = simulator.conditions.adversary
+    values = resolve(f"--attack={attack}", "--malicious_share=0.3")
+    adversary = conditions.build(values, plain().task, plain().root).adversary
     assert int(adversary.malicious.sum()) == 6
     assert (adversary.attack is None) == (attack == "label_flip")
     assert (adversary.data_attack is None) != (attack == "label_flip")
 
 
-@pytest.mark.parametrize("aggregator", conditions.AGGREGATORS)
 @pytest.mark.parametrize("algorithm", ["decomfl", "fedsgd"])
-def test_every_rule_is_that_of_the_algorithm(aggregator, algorithm):
+def test_every_rule_is_that_of_the_algorithm(algorithm):
     """Three uploads that agree are the broadcast of every rule but the majority's sign."""
-    simulator = config.build(
-        resolve(f"--aggregator={aggregator}", f"--algorithm={algorithm}")
-    ).simulator
-    rule = simulator.phases[0].algorithm.aggregate
-    broadcast = simulator.broadcasts[0]
+    broadcast = config.build(resolve(f"--algorithm={algorithm}")).simulator.broadcasts[0]
     one = jax.tree.map(lambda b: 1e-3 * np.ones((3, *b.shape), b.dtype), broadcast)
-    value = 1.0 if aggregator == "majority_sign" else 1e-3
-    for leaf in jax.tree.leaves(rule(one, np.ones(3, np.float32))):
-        np.testing.assert_allclose(leaf, value, rtol=1e-5)
+    for aggregator in conditions.AGGREGATORS:
+        values = resolve(f"--aggregator={aggregator}", f"--algorithm={algorithm}")
+        (phase,) = methods.build_phases(values, plain().task)
+        value = 1.0 if aggregator == "majority_sign" else 1e-3
+        for leaf in jax.tree.leaves(jax.jit(phase.algorithm.aggregate)(one, np.ones(3))):
+            np.testing.assert_allclose(leaf, value, rtol=1e-5)
 
 
 def test_a_server_survives_attackers_and_counts_what_it_rejects(quick_compile):

@@ -272,6 +272,7 @@ def test_late_uploads_move_the_model_along_their_own_directions(quick_compile):
     state, memory = progress.state, progress.memory
     estimator = estimators.forward_difference(3, 1e-2, perturbations.rademacher())
     late_directions, seen = [], set()
+    client_part, expand = jax.jit(method.client), jax.jit(estimator.expand)
     for r in range(5):
         before = copy(state)
         inner = before._replace(opt_state=method.init(before.params).opt_state)
@@ -282,9 +283,9 @@ def test_late_uploads_move_the_model_along_their_own_directions(quick_compile):
             trace.cohorts[0].tolist(), trace.attendance.in_time[0], strict=True
         ):
             batches = one_batch(simulator, r, client)
-            upload = method.client(key, inner, (), batches, key).upload[0]
+            upload = client_part(key, inner, (), batches, key).upload[0]
             step_key = jax.random.fold_in(key, 0)
-            direction = estimator.expand(step_key, inner.params, upload)
+            direction = expand(step_key, inner.params, upload)
             (fresh if in_time else late).append(direction)
         parts = [(1.0, d) for d in fresh] + [(0.5, d) for d in late_directions]
         seen.add((bool(fresh), bool(late_directions)))
