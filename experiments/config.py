@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments import language, methods, partitions, schedules
+from experiments import conditions, language, methods, partitions, schedules
 from experiments.entry import UserError
 from zofl_jax import (
     keys,
@@ -107,9 +107,11 @@ FLAGS = flags.FLAGS
 NAMES = (
     *(flag.name for flag in FLAGS.flags_by_module_dict()[__name__]),
     *methods.NAMES,
+    *conditions.NAMES,
     *language.NAMES,
 )
-"""The flags that make a run what it is: all of this file, of `methods.py` and `language.py`."""
+"""The flags that make a run what it is: all of this file, `methods.py`, `conditions.py` and
+`language.py`."""
 
 
 class Experiment(NamedTuple):
@@ -194,6 +196,7 @@ def resolve() -> dict[str, Any]:
             f"--clients_per_round={values['clients_per_round']} is more than "
             f"--num_clients={values['num_clients']}"
         )
+    conditions.fill_in(values, given)
     return values
 
 
@@ -246,6 +249,8 @@ def build(values: Values, devices: int | None = None) -> Experiment:
         weighting=values["weighting"],
         eval_batch_size=LANGUAGE_EVAL_BATCH if built_language else EVAL_BATCH,
         mesh=mesh,
+        conditions=conditions.build(values, task, root),
+        epsilon=conditions.epsilon(values, task),
     )
     notes = _notes(values, simulator)
     return Experiment(task, simulator, label_counts, minimum, built_language, notes)
