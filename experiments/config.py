@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments import language, methods, partitions, schedules
+from experiments import conditions, language, methods, partitions, schedules
 from experiments.entry import UserError
 from zofl_jax import (
     keys,
@@ -108,9 +108,11 @@ FLAGS = flags.FLAGS
 NAMES = (
     *(flag.name for flag in FLAGS.flags_by_module_dict()[__name__]),
     *methods.NAMES,
+    *conditions.NAMES,
     *language.NAMES,
 )
-"""The flags that make a run what it is: all of this file, of `methods.py` and `language.py`."""
+"""The flags that make a run what it is: all of this file, `methods.py`, `conditions.py` and
+`language.py`."""
 
 
 class Experiment(NamedTuple):
@@ -195,6 +197,7 @@ def resolve() -> dict[str, Any]:
             f"--clients_per_round={values['clients_per_round']} is more than "
             f"--num_clients={values['num_clients']}"
         )
+    conditions.fill_in(values, given)
     return values
 
 
@@ -308,6 +311,8 @@ def _simulator(values: Values, task: Task, mesh: Mesh | None) -> simulation.Simu
         weighting=values["weighting"],
         eval_batch_size=LANGUAGE_EVAL_BATCH if texts else EVAL_BATCH,
         mesh=mesh,
+        conditions=conditions.build(values, task, keys.root(values["seed"], values["prng_impl"])),
+        epsilon=conditions.epsilon(values, task),
     )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from absl import flags
 
-from experiments import schedules
+from experiments import conditions, schedules
 from zofl_jax import algorithms, compression, estimators, keys, perturbations, scaling
 from zofl_jax.core import Algorithm, LossFn, Phase, Task
 from zofl_jax.estimators import Estimator
@@ -259,8 +259,16 @@ def build_phases(values: Values, task: Task) -> list[Phase]:
             def estimator(perturbation: Perturbation, count: int = count) -> Estimator:
                 return _estimator(values, count, smoothing, perturbation)
 
-            algorithm = BUILDERS[values["algorithm"]](values, parts._replace(estimator=estimator))
-            phases.append(Phase(change.first_round, _compressed(values, algorithm)))
+            def make(
+                private: Callable[[Estimator], Estimator],
+                estimator: Callable[[Perturbation], Estimator] = estimator,
+            ) -> Algorithm:
+                chosen = parts._replace(estimator=lambda z: private(estimator(z)))
+                return BUILDERS[values["algorithm"]](values, chosen)
+
+            algorithm = conditions.guarded(values, conditions.make_private(values, make))
+            sent = conditions.with_late_uploads(values, _compressed(values, algorithm))
+            phases.append(Phase(change.first_round, sent))
         previous = count
     return phases
 

@@ -66,6 +66,8 @@ def joined(traces: list[simulation.Trace]) -> simulation.Trace:
         traces[0].first_round,
         *(concatenated(name) for name in ("seeds", "cohorts", "broadcasts", "losses")),
         traces[-1].failed_loss,
+        jax.tree.map(lambda *parts: np.concatenate(parts), *(t.attendance for t in traces)),
+        np.concatenate([trace.rejected for trace in traces]),
     )
 
 

@@ -5,6 +5,7 @@
          -> cohort  -> round r
          -> batches -> round r -> client i -> local step k
          -> own     -> round r -> client i
+         -> adversary, presence -> round r
          -> init, partition
 
 Only `shared` is known to server and clients alike: its round keys are the seeds that
@@ -39,6 +40,8 @@ class RootKeys(NamedTuple):
     cohort: PRNGKey
     batches: PRNGKey
     own: PRNGKey
+    adversary: PRNGKey
+    presence: PRNGKey
     init: PRNGKey
     partition: PRNGKey
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from zofl_jax import ledger, rounds
+from zofl_jax import ledger, participation, rounds
 from zofl_jax.core import Broadcast, ServerState
 from zofl_jax.diagnostics import Diagnosis
 from zofl_jax.runs import RoundRow, Run, RunError
@@ -23,6 +23,8 @@ FINGERPRINT = "params_fingerprint"
 RUN_SECONDS = "run_seconds"
 TEST = "test_"
 DIAGNOSIS = "diagnosis_"
+REJECTED = "rejected"
+EPSILON = "epsilon"
 
 
 def write_rounds(
@@ -52,13 +54,21 @@ def write_rounds(
         FINGERPRINT: float(rounds.fingerprint(progress.state.params)),
         RUN_SECONDS: progress.run_seconds,
     }
-    run.log.append(rows, {trace.first_round + len(rows): marks})
+    # Of rounds in which messages were rejected, how many.
+    metrics: dict[int, dict[str, float]] = {
+        trace.first_round + i + 1: {REJECTED: float(count)}
+        for i, count in enumerate(trace.rejected.tolist())
+        if count
+    }
+    metrics.setdefault(trace.first_round + len(rows), {}).update(marks)
+    run.log.append(rows, metrics)
 
 
 def write_record(run: Run, record: Record) -> None:
     """Adds an evaluation to the log; the metrics of the test set are named test_*."""
     metrics = {f"{TEST}{name}": value for name, value in record.metrics.items()}
-    run.log.write_metrics(record.round, {"train_loss": record.train_loss, **metrics})
+    spent = {} if record.epsilon is None else {EPSILON: record.epsilon}
+    run.log.write_metrics(record.round, {"train_loss": record.train_loss, **metrics, **spent})
 
 
 def write_diagnosis(run: Run, rounds_done: int, diagnosis: Diagnosis) -> None:
@@ -166,10 +176,15 @@ def _recount(run: Run, simulator: Simulator, progress: Progress) -> Progress:
     for at in range(0, done, chunk):
         part = run.log.rounds(at, min(at + chunk, done))
         indices = np.resize(np.arange(at, at + len(part)), chunk)
-        for row, cohort in zip(part, simulator.cohorts(indices), strict=False):
-            book.record(cohort, simulator.sizes[phase_at(simulator.phases, row.round)])
-            losses.append(row.train_loss)
+        attended = participation.each_round(simulator.attendance(indices))
+        for row, attendance in zip(part, attended, strict=False):
             values = metrics.get(row.round + 1, {})
+            book.record_attendance(
+                attendance,
+                simulator.sizes[phase_at(simulator.phases, row.round)],
+                int(values.get(REJECTED, 0)),
+            )
+            losses.append(row.train_loss)
             seconds = values.get(RUN_SECONDS, seconds)
             tests = {
                 name.removeprefix(TEST): value
@@ -179,7 +194,17 @@ def _recount(run: Run, simulator: Simulator, progress: Progress) -> Progress:
             if tests:
                 loss = values.get("train_loss", math.nan)
                 totals = book.totals
-                history.append(Record(row.round + 1, loss, tests, totals.up, totals.down))
+                history.append(
+                    Record(
+                        row.round + 1,
+                        loss,
+                        tests,
+                        totals.up,
+                        totals.down,
+                        book.rejected,
+                        values.get(EPSILON),
+                    )
+                )
                 losses = []
     return progress._replace(history=history, losses=losses, run_seconds=seconds)
 

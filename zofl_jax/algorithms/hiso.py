@@ -118,7 +118,7 @@ def hiso(
     ) -> ClientResult:
         # Without learning H: what a client expects of the round's end it forgets anyway.
         inner, curvature = state.opt_state
-        algorithm = in_the_metric_of(curvature, optimizer)
+        algorithm = in_the_metric_of(curvature, optimizer) if nu else plain
         return algorithm.client(key, state._replace(opt_state=inner), memory, batches, own_key)
 
     def server(key: PRNGKey, state: ServerState, broadcast: Broadcast) -> ServerState:
@@ -128,8 +128,17 @@ def hiso(
         after = algorithm.server(key, state._replace(opt_state=carried), broadcast)
         return after._replace(opt_state=HisoState(*after.opt_state[:2]))
 
+    def server_without_learning(
+        key: PRNGKey, state: ServerState, broadcast: Broadcast
+    ) -> ServerState:
+        inner, curvature = state.opt_state
+        after = plain.server(key, state._replace(opt_state=inner), broadcast)
+        return after._replace(opt_state=HisoState(after.opt_state, curvature))
+
     plain = decomfl(loss_fn, make_estimator(base), optimizer, local_steps=local_steps)
-    return Algorithm(init, client, plain.aggregate, server, local_steps, passes=plain.passes)
+    # Without learning H stays 1, and multiplying by it might round otherwise than DeComFL.
+    replayed = server if nu else server_without_learning
+    return Algorithm(init, client, plain.aggregate, replayed, local_steps, passes=plain.passes)
 
 
 def _wide(x: Array) -> Any:
