@@ -28,6 +28,10 @@ On 2 cores, of x W alone, x [3840, 576], W [576, 1536]: one column a direction 1
 side by side with W 1.08, column by column 1.21; a product of their own 2.2.
 """
 
+FUSED = 32
+"""Up to this many columns are added to an array one by one, in one pass over it: a product would be
+stored, as large as the params. Beyond, its arithmetic would count."""
+
 BLOCK = 2**20
 """The most numbers drawn at once: what a generator needs in between is a multiple of it."""
 
@@ -108,8 +112,7 @@ class LowRank(struct.PyTreeNode):
 
     def _product(self, term: Term) -> Array:
         stack, left, right = (self.axes(side) for side in ("stack", "left", "right"))
-        if term.c.size <= NARROW:
-            # Column by column it is fused into the sum, where a product would be stored first.
+        if term.c.size <= FUSED:
             a = _spread(term.a * term.c.astype(term.a.dtype), self.sides, ("stack", "left"))
             b = _spread(term.b, self.sides, ("stack", "right"))
             total = jnp.zeros(self.shape, self.dtype)
