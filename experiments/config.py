@@ -1,10 +1,11 @@
 """The flags of a run, and what is built from them.
 
-Flags end here: `resolve` turns them into a flat dict (the run directory's `flags.json`),
-and the builders below turn that dict into library objects.
+Flags end here and in `methods.py`: `resolve` turns them into a flat dict (the run directory's
+`flags.json`), and the builders turn that dict into library objects.
 """
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,25 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments import language, partitions
+from experiments import conditions, language, methods, partitions, schedules
 from experiments.entry import UserError
 from zofl_jax import (
-    estimators,
     keys,
     local_models,
-    perturbations,
     placement,
     recording,
     simulation,
 )
-from zofl_jax.algorithms import decomfl
-from zofl_jax.core import LossFn, Phase, ServerState, Task
+from zofl_jax.core import ServerState, Task
 from zofl_jax.data import partition, sources, tfds
 from zofl_jax.models import cnn, mlp
 from zofl_jax.runs import open_run
@@ -41,7 +37,6 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, Any]
 
-PERTURBATIONS = ("gaussian", "rademacher", "sphere", "low_rank")
 MODELS = {
     "softmax": mlp.Softmax,
     "mlp": mlp.MLP,
@@ -51,7 +46,6 @@ MODELS = {
 }
 CONVOLUTIONAL = ("mnist_cnn", "fashion_cnn", "lenet")
 EVAL_BATCH, LANGUAGE_EVAL_BATCH = 512, 32  # examples at once
-AUTHORS_SCHEDULE = "500:lr=0.8,P=2;1000:lr=0.5,P=4;2000:lr=0.3,P=8"
 
 flags.DEFINE_string(
     "task",
@@ -68,40 +62,9 @@ flags.DEFINE_string(
     f"Of images: {', '.join(MODELS)}; softmax unless given. Of texts: gguf:FILE or "
     "hf:FOLDER_OR_NAME; what make smollm2 fetched unless given.",
 )
-flags.DEFINE_enum("algorithm", "decomfl", ["decomfl"], "Federated algorithm.")
-flags.DEFINE_enum(
-    "estimator",
-    "central",
-    ["forward", "central", "projection", "jvp"],
-    "Finite differences, or exact directional derivatives by one backward pass (projection) "
-    "or by forward mode (jvp).",
-)
-flags.DEFINE_enum(
-    "perturbation", "gaussian", list(PERTURBATIONS), "Distribution of the directions."
-)
-flags.DEFINE_integer("rank", 1, "Rank of low_rank directions.", lower_bound=1)
 flags.DEFINE_integer("num_clients", 20, "Population.", lower_bound=1)
 flags.DEFINE_integer("clients_per_round", 5, "Cohort, sampled uniformly.", lower_bound=1)
-flags.DEFINE_integer("local_steps", 4, "K, local steps of a client in a round.", lower_bound=1)
-flags.DEFINE_integer("num_perturbations", 20, "P, directions of a local step.", lower_bound=1)
-flags.DEFINE_float("smoothing", 1e-3, "μ, the length of a perturbation in units of z.")
 flags.DEFINE_integer("batch_size", 32, "Examples of a client in a local step.", lower_bound=1)
-flags.DEFINE_enum("optimizer", "sgd", ["sgd", "adam"], "Optimiser that everyone replays.")
-flags.DEFINE_float("learning_rate", 0.02, "Learning rate.")
-flags.DEFINE_float("momentum", 0.9, "Momentum of sgd.", lower_bound=0.0, upper_bound=1.0)
-flags.DEFINE_float(
-    "weight_decay",
-    0.0,
-    "Weight decay: added to the direction (sgd), decoupled (adam).",
-    lower_bound=0.0,
-)
-flags.DEFINE_string(
-    "schedule",
-    "",
-    "Factors on learning rate (lr), smoothing (mu) and perturbations (P) from a round on, "
-    "relative to the start, as in '500:lr=0.8,P=2;1000:lr=0.5,P=4'; 'authors' is "
-    f"'{AUTHORS_SCHEDULE}'.",
-)
 flags.DEFINE_integer("rounds", 400, "Rounds in all.", lower_bound=1)
 flags.DEFINE_integer("eval_every", 50, "Rounds between evaluations.", lower_bound=1)
 flags.DEFINE_enum(
@@ -142,8 +105,14 @@ flags.DEFINE_float(
 
 FLAGS = flags.FLAGS
 
-NAMES = (*(flag.name for flag in FLAGS.flags_by_module_dict()[__name__]), *language.NAMES)
-"""The flags that make a run what it is: all of this file and of `language.py`."""
+NAMES = (
+    *(flag.name for flag in FLAGS.flags_by_module_dict()[__name__]),
+    *methods.NAMES,
+    *conditions.NAMES,
+    *language.NAMES,
+)
+"""The flags that make a run what it is: all of this file, `methods.py`, `conditions.py` and
+`language.py`."""
 
 
 class Experiment(NamedTuple):
@@ -161,15 +130,6 @@ class Experiment(NamedTuple):
         """Sentences for the user."""
         own = language.notices(self.language) if self.language else ()
         return (*self.notes, *own)
-
-
-class Change(NamedTuple):
-    """Factors relative to the start that hold from a round on."""
-
-    first_round: int
-    learning_rate: float = 1.0
-    smoothing: float = 1.0
-    num_perturbations: float = 1.0
 
 
 @contextlib.contextmanager
@@ -193,11 +153,10 @@ def resolve() -> dict[str, Any]:
         # The bounds of absl's flags let NaN and, without an upper bound, infinity pass.
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name} must be finite, got {value}")
-    for name in ("smoothing", "learning_rate", "dirichlet_alpha"):
-        if values[name] <= 0:
-            raise ValueError(f"--{name} must be positive, got {values[name]}")
-    if values["momentum"] == 1.0:
-        raise ValueError("--momentum must be below 1, got 1.0")
+    if values["dirichlet_alpha"] <= 0:
+        raise ValueError(f"--dirichlet_alpha must be positive, got {values['dirichlet_alpha']}")
+    given = {name for name in NAMES if not FLAGS[name].using_default_value}
+    methods.fill_in(values, given)
     task = values["task"]
     if task == "quadratic":
         if values["model"] is not None:
@@ -206,7 +165,7 @@ def resolve() -> dict[str, Any]:
         if FLAGS["batch_size"].using_default_value:
             values["batch_size"] = 1
     elif language.is_language_task(task):
-        language.fill_in(values, {n for n in NAMES if not FLAGS[n].using_default_value})
+        language.fill_in(values, given)
     else:
         values["model"] = "softmax" if values["model"] is None else values["model"]
         if values["model"] not in MODELS:
@@ -216,14 +175,17 @@ def resolve() -> dict[str, Any]:
         values["objective"] = values["objective"] or "cross_entropy"
         if values["objective"] not in objectives.CLASSIFICATION:
             raise ValueError(f"--objective={values['objective']} is for texts, not for images")
-    if values["objective"] in objectives.WITHOUT_GRADIENT and values["estimator"] in (
-        "projection",
-        "jvp",
-    ):
-        raise ValueError(
-            f"--objective={values['objective']} has no useful gradient, which "
-            f"--estimator={values['estimator']} needs: use forward or central"
-        )
+    if values["objective"] in objectives.WITHOUT_GRADIENT:
+        if values["algorithm"] in methods.FIRST_ORDER:
+            raise ValueError(
+                f"--objective={values['objective']} has no useful gradient, which "
+                f"--algorithm={values['algorithm']} needs: use {', '.join(methods.ZEROTH_ORDER)}"
+            )
+        if values["estimator"] in ("projection", "jvp"):
+            raise ValueError(
+                f"--objective={values['objective']} has no useful gradient, which "
+                f"--estimator={values['estimator']} needs: use forward or central"
+            )
     for name in ("clients_at_once", "perturbations_at_once"):
         if values[name] is None:
             values[name] = 1 if values["model"] in CONVOLUTIONAL else 0
@@ -235,7 +197,7 @@ def resolve() -> dict[str, Any]:
             f"--clients_per_round={values['clients_per_round']} is more than "
             f"--num_clients={values['num_clients']}"
         )
-    parse_schedule(values["schedule"])
+    conditions.fill_in(values, given)
     return values
 
 
@@ -270,7 +232,7 @@ def build(values: Values, devices: int | None = None) -> Experiment:
         built_language, label_counts = language.build(values, root)
         task = built_language.task
     else:
-        dataset = _dataset(values)
+        dataset = _dataset(values["task"], values["data_dir"])
         order, offsets = _partition(values, dataset, root)
         model = MODELS[values["model"]](dataset.num_classes)
         objective = objectives.CLASSIFICATION[values["objective"]]
@@ -278,17 +240,7 @@ def build(values: Values, devices: int | None = None) -> Experiment:
         label_counts = partition.label_counts(
             dataset.train["label"], order, offsets, dataset.num_classes
         )
-    simulator = simulation.make_simulator(
-        build_phases(values, task.loss),
-        task,
-        clients_per_round=values["clients_per_round"],
-        batch_size=values["batch_size"],
-        seed=values["seed"],
-        prng_impl=values["prng_impl"],
-        weighting=values["weighting"],
-        eval_batch_size=LANGUAGE_EVAL_BATCH if built_language else EVAL_BATCH,
-        mesh=mesh,
-    )
+    simulator = _simulator(values, task, mesh)
     notes = _notes(values, simulator)
     return Experiment(task, simulator, label_counts, minimum, built_language, notes)
 
@@ -296,13 +248,25 @@ def build(values: Values, devices: int | None = None) -> Experiment:
 def _notes(values: Values, simulator: simulation.Simulator) -> tuple[str, ...]:
     if values["perturbation"] != "low_rank" or values["local_steps"] == 1:
         return ()
+    if values["algorithm"] != "decomfl" or values["mask"] != "none":
+        return ()
     params = jax.eval_shape(simulator.task.init, simulator.root.init)
-    if local_models.is_linear(_optimizer(values, parse_schedule(values["schedule"])), params):
+    if local_models.is_linear(schedules.make_optimizer(values), params):
         return ()
     return (
         f"--optimizer={values['optimizer']} is not linear, so at --local_steps="
         f"{values['local_steps']} every client has a copy of the params; sgd needs none",
     )
+
+
+@_as_user_errors()
+def at_learning_rate(experiment: Experiment, values: Values, devices: int | None) -> Experiment:
+    """Returns an experiment at another learning rate, with the same data; `values` hold it.
+
+    Both share compiled functions through the compilation cache.
+    """
+    simulator = _simulator(values, experiment.task, _mesh(values, devices))
+    return experiment._replace(simulator=simulator)
 
 
 def rebuild(
@@ -335,60 +299,22 @@ def rebuild(
     return state, done, same
 
 
-def build_phases(values: Values, loss_fn: LossFn) -> list[Phase]:
-    """Returns the algorithm of each phase of the schedule.
-
-    Phases differ in their number of perturbations alone; learning rate and smoothing
-    follow the round within them.
-    """
-    changes = parse_schedule(values["schedule"])
-    optimizer = _optimizer(values, changes)
-    smoothing = _piecewise(changes, "smoothing", values["smoothing"])
-    perturbation = _perturbation(values)
-    phases: list[Phase] = []
-    previous = 0
-    for change in changes:
-        count = max(1, round(values["num_perturbations"] * change.num_perturbations))
-        if count != previous:
-            estimator = _estimator(values, count, smoothing, perturbation)
-            algorithm = decomfl(loss_fn, estimator, optimizer, local_steps=values["local_steps"])
-            phases.append(Phase(change.first_round, algorithm))
-        previous = count
-    return phases
-
-
-def parse_schedule(text: str) -> list[Change]:
-    """Returns the changes of a `--schedule`, the start included.
-
-    Raises:
-      ValueError: for text that is not a schedule.
-
-    >>> parse_schedule("500:lr=0.8,P=2")[1].num_perturbations
-    2.0
-    """
-    text = AUTHORS_SCHEDULE if text == "authors" else text
-    fields = {"lr": "learning_rate", "mu": "smoothing", "P": "num_perturbations"}
-    changes = [Change(0)]
-    for part in filter(None, text.split(";")):
-        try:
-            start, _, assignments = part.partition(":")
-            factors = {}
-            for assignment in assignments.split(","):
-                name, _, value = assignment.partition("=")
-                factors[fields[name.strip()]] = float(value)
-            changes.append(Change(int(start), **factors))
-        except (KeyError, ValueError):
-            raise ValueError(
-                f"--schedule: can't read {part!r}; write 'ROUND:lr=F,mu=F,P=F' with factors "
-                "relative to the start, parts separated by ';'"
-            ) from None
-        in_order = changes[-2].first_round < changes[-1].first_round
-        if not in_order or not all(0 < factor < math.inf for factor in changes[-1][1:]):
-            raise ValueError(
-                "--schedule: factors must be positive and finite, and rounds increase from 1 on, "
-                f"got {part!r}"
-            )
-    return changes
+def _simulator(values: Values, task: Task, mesh: Mesh | None) -> simulation.Simulator:
+    texts = language.is_language_task(values["task"])
+    root = keys.root(values["seed"], values["prng_impl"])
+    return simulation.make_simulator(
+        methods.build_phases(values, task),
+        task,
+        clients_per_round=values["clients_per_round"],
+        batch_size=values["batch_size"],
+        seed=values["seed"],
+        prng_impl=values["prng_impl"],
+        weighting=values["weighting"],
+        eval_batch_size=LANGUAGE_EVAL_BATCH if texts else EVAL_BATCH,
+        mesh=mesh,
+        conditions=conditions.build(values, task, root),
+        epsilon=conditions.epsilon(values, task),
+    )
 
 
 def _mesh(values: Values, devices: int | None) -> Mesh | None:
@@ -403,57 +329,8 @@ def _mesh(values: Values, devices: int | None) -> Mesh | None:
     return placement.clients_mesh(found[: min(wanted, values["clients_per_round"])])
 
 
-def _piecewise(changes: list[Change], field: str, start: float) -> optax.Schedule:
-    """Returns round -> start · factor."""
-    rounds = np.array([change.first_round for change in changes])
-    values = np.array([start * getattr(change, field) for change in changes])
-
-    def value(round_index: Any) -> Any:
-        at = jnp.sum(jnp.asarray(round_index) >= rounds) - 1
-        return jnp.asarray(values, jnp.result_type(float))[at]
-
-    return value
-
-
-def _optimizer(values: Values, changes: list[Change]) -> optax.GradientTransformation:
-    by_round = _piecewise(changes, "learning_rate", values["learning_rate"])
-
-    def by_step(count: Any) -> Any:
-        # The optimiser counts local steps, K a round.
-        return by_round(count // values["local_steps"])
-
-    rate: Any = by_step if len(changes) > 1 else values["learning_rate"]
-    decay = values["weight_decay"]
-    if values["optimizer"] == "adam":
-        return optax.adamw(rate, weight_decay=decay) if decay else optax.adam(rate)
-    sgd = optax.sgd(rate, momentum=values["momentum"] or None)
-    return optax.chain(optax.add_decayed_weights(decay), sgd) if decay else sgd
-
-
-def _perturbation(values: Values) -> perturbations.Perturbation:
-    if values["perturbation"] == "low_rank":
-        return perturbations.low_rank(values["rank"])
-    return getattr(perturbations, values["perturbation"])()
-
-
-def _estimator(
-    values: Values,
-    count: int,
-    smoothing: optax.Schedule,
-    perturbation: perturbations.Perturbation,
-) -> estimators.Estimator:
-    at_once = values["clients_at_once"] or None
-    if values["estimator"] == "projection":
-        return estimators.projection(count, perturbation, at_once)
-    if values["estimator"] == "jvp":
-        return estimators.forward_gradient(count, perturbation, at_once)
-    kinds = {"forward": estimators.forward_difference, "central": estimators.central_difference}
-    together = values["perturbations_at_once"] or None
-    return kinds[values["estimator"]](count, smoothing, perturbation, at_once, together)
-
-
-def _dataset(values: Values) -> sources.Dataset:
-    task, data_dir = values["task"], values["data_dir"]
+@functools.lru_cache(maxsize=1)  # runs of a comparison share it
+def _dataset(task: str, data_dir: Any) -> sources.Dataset:
     if task == "digits":
         return sources.digits()
     if task == "idx":

@@ -6,6 +6,7 @@ The run directory (`--workdir`) holds the flags, the log, snapshots, `summary.js
 figures. The same command again resumes a stopped run, to the same bits.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -14,16 +15,20 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import config, entry
-from zofl_jax import ledger, plots, recording, simulation
-from zofl_jax.runs import Run, RunError, open_run
+from experiments import config, entry, tuning
+from zofl_jax import diagnostics, divergence, ledger, passes, plots, recording, simulation
+from zofl_jax.runs import Run, RunError, open_run, read_flags
+from zofl_jax.tasks import objectives
 
 flags.DEFINE_string(
     "workdir", None, "Run directory; a name made from the flags under runs/ unless given."
@@ -37,6 +42,18 @@ flags.DEFINE_integer(
     "CPU its cores for convolutional models, 1 for others.",
     lower_bound=1,
 )
+flags.DEFINE_bool(
+    "auto_lr",
+    False,
+    "Find the learning rate by a short probe around --learning_rate; flags.json keeps it.",
+)
+flags.DEFINE_integer(
+    "diagnose_every",
+    0,
+    "Rounds between diagnoses (curvature, noise, stability), 0 for none; a multiple of "
+    "--eval_every.",
+    lower_bound=0,
+)
 
 MAY_CHANGE = ("rounds", "eval_every")
 """Flags that may differ when a run is resumed: they change no round already done."""
@@ -46,19 +63,61 @@ SNAPSHOT_SECONDS = 60.0
 FLAGS = flags.FLAGS
 
 
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    summary: dict[str, Any]
+    failure: str | None  # a sentence for the user if it diverged
+
+
 def main() -> None:
     """Runs the experiment that the flags describe."""
     values = config.resolve()
-    workdir = Path(FLAGS.workdir or default_workdir(values))
+    check_diagnose_every(values)
+    workdir = Path(FLAGS.workdir or default_workdir(values, FLAGS.auto_lr)).expanduser()
     # A new run is built before its directory is made, so that a mistake leaves nothing.
     experiment = None if workdir.exists() else config.build(values, FLAGS.devices)
+    if FLAGS.auto_lr and (workdir / "flags.json").exists():
+        values["learning_rate"] = read_flags(workdir)["learning_rate"]
+    elif FLAGS.auto_lr:
+        experiment = experiment or config.build(values, FLAGS.devices)
+        probed = tuning.probe(values, experiment, FLAGS.devices)
+        note(probed.sentence)
+        values["learning_rate"] = probed.learning_rate
+        experiment = config.at_learning_rate(experiment, values, FLAGS.devices)
     with open_run(workdir, values, MAY_CHANGE) as run:
-        _train(run, values, experiment)
+        ended = finished(run, values)
+        if ended:
+            print(f"The run in {run.path} is complete; give more --rounds to go on.\n")
+        outcome = ended or train(run, values, experiment, lambda done: _bar(values, done))
+        _print_table(outcome.summary)
+        if not ended:
+            print(f"\nFigures, log and summary are in {run.path}")
+    if outcome.failure:
+        raise entry.UserError(outcome.failure)
 
 
-def default_workdir(values: config.Values) -> Path:
+def check_diagnose_every(values: config.Values) -> None:
+    """Checks --diagnose_every.
+
+    Raises:
+      UserError: if it doesn't fit the run.
+    """
+    every = FLAGS.diagnose_every
+    if every % values["eval_every"]:
+        raise entry.UserError(
+            f"--diagnose_every={every} must be a multiple of --eval_every={values['eval_every']}"
+        )
+    if every and values["objective"] in objectives.WITHOUT_GRADIENT:
+        raise entry.UserError(
+            f"--diagnose_every needs a gradient, which --objective={values['objective']} lacks"
+        )
+
+
+def default_workdir(values: config.Values, auto_lr: bool = False) -> Path:
     """Returns a folder whose name tells the run and whose digest tells its flags."""
     fixed = {name: value for name, value in values.items() if name not in MAY_CHANGE}
+    fixed |= {"auto_lr": True} if auto_lr else {}
     digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
     task, model = (re.sub(r"[^\w.-]+", "_", name) for name in (values["task"], model_name(values)))
     return Path("runs") / f"{task}-{model}-{values['algorithm']}-{digest}"
@@ -70,8 +129,12 @@ def model_name(values: config.Values) -> str:
     return Path(place).stem if kind == "gguf" else place or kind
 
 
-def _train(run: Run, values: config.Values, experiment: config.Experiment | None) -> None:
-    began = time.perf_counter()
+def finished(run: Run, values: config.Values) -> Outcome | None:
+    """Returns how a run ended, None if there are rounds to do.
+
+    Raises:
+      RunError: if it holds more rounds than are asked for.
+    """
     logged = run.log.last_round + 1
     if logged > values["rounds"]:
         raise RunError(
@@ -79,47 +142,72 @@ def _train(run: Run, values: config.Values, experiment: config.Experiment | None
             "another --workdir"
         )
     if run.notice:
-        print(f"note: {run.notice}", file=sys.stderr)
+        note(run.notice)
     summary = run.read_summary()
-    if summary and logged == summary.get("rounds") == values["rounds"]:
-        print(f"The run in {run.path} is complete; give more --rounds to go on.\n")
-        _print_table(summary)
-        return
+    complete = summary and logged == summary.get("rounds") == values["rounds"]
+    return Outcome(summary, summary.get("failure")) if summary and complete else None
 
+
+def train(
+    run: Run,
+    values: config.Values,
+    experiment: config.Experiment | None,
+    start_bar: Callable[[int], AbstractContextManager[tqdm.tqdm]],
+    *,
+    figures: bool = True,
+) -> Outcome:
+    """Runs the rounds that are missing, and writes the log, the summary and the figures.
+
+    Args:
+      run: the open run directory.
+      values: its flags.
+      experiment: built from them; None builds it.
+      start_bar: (rounds done) -> the progress bar, which is told of each round from there on.
+      figures: whether to draw them; they take about a second.
+
+    Raises:
+      RunError, UserError: if the run can't be read or the experiment not be built.
+    """
+    began = time.perf_counter()
     experiment = experiment or config.build(values, FLAGS.devices)
     simulator = experiment.simulator
     repaired = run.notice
     progress, notice = recording.restore(run, simulator)
-    for sentences in (run.notice if run.notice != repaired else None, notice):
-        if sentences:
-            print(f"note: {sentences}", file=sys.stderr)
-    for sentence in experiment.notices:
-        print(f"note: {sentence}", file=sys.stderr)
+    for sentence in (run.notice if run.notice != repaired else None, notice, *experiment.notices):
+        if sentence:
+            note(sentence)
     writer = _event_writer(run) if FLAGS.tensorboard else None
     done = int(progress.state.round)
     if done:
-        print(f"resuming {run.path} after round {done}", file=sys.stderr)
-    if experiment.label_counts is not None:
+        tqdm.tqdm.write(f"resuming {run.path} after round {done}", file=sys.stderr)
+    if figures and experiment.label_counts is not None:
         title = f"{experiment.task.name}, {values['partition']} partition"
         run.save_figure("labels.png", plots.label_distribution(experiment.label_counts, title))
 
-    bar = tqdm.tqdm(
-        total=values["rounds"],
-        initial=done,
-        unit=" rounds",
-        dynamic_ncols=True,
-        disable=not FLAGS.progress,
-    )
     shown: dict[str, str] = {}
     saved_at = time.perf_counter()
+    losses = run.log.train_losses()
+    warned = False
+    diagnose = _diagnose(run, values, experiment)
+    diagnose(progress)
 
     def on_rounds(
         trace: simulation.Trace,
         counted: list[ledger.RoundBytes],
         progress: simulation.Progress,
     ) -> None:
-        nonlocal saved_at
+        nonlocal saved_at, warned
         recording.write_rounds(run, trace, counted, progress)
+        diagnose(progress)
+        losses.extend(trace.losses.tolist())
+        rise = divergence.rising(losses)
+        if rise and not warned:
+            note(
+                f"the training loss rises, to {rise.last:.3g} from {rise.best:.3g} near round "
+                f"{rise.best_round}: the run may diverge; lower --learning_rate, raise "
+                "--num_perturbations, or let --auto_lr choose"
+            )
+            warned = True
         if time.perf_counter() - saved_at > SNAPSHOT_SECONDS:
             recording.save_snapshot(run, progress)
             saved_at = time.perf_counter()
@@ -143,31 +231,68 @@ def _train(run: Run, values: config.Values, experiment: config.Experiment | None
 
     diverged = None
     try:
-        progress = simulation.run(
-            simulator,
-            rounds=values["rounds"],
-            eval_every=values["eval_every"],
-            progress=progress,
-            on_rounds=on_rounds,
-            on_record=on_record,
-        )
+        with start_bar(done) as bar:
+            progress = simulation.run(
+                simulator,
+                rounds=values["rounds"],
+                eval_every=values["eval_every"],
+                progress=progress,
+                on_rounds=on_rounds,
+                on_record=on_record,
+            )
     except simulation.Diverged as error:
         diverged, progress = error, error.progress
     finally:
-        bar.close()
         if writer:
             writer.close()
     recording.save_snapshot(run, progress)
     summary = summarise(values, experiment, progress)
+    seconds = {at: found.get(recording.RUN_SECONDS) for at, found in run.log.metrics().items()}
+    summary["history_seconds"] = [seconds.get(row["round"]) for row in summary["history"]]
     summary["total_seconds"] = time.perf_counter() - began
+    stalled = divergence.ended_above(losses)
     if diverged:
-        summary["diverged_round"] = diverged.round
-    _save_figures(run, experiment.task.name, summary)
+        summary |= {"diverged_round": diverged.round, "failure": str(diverged)}
+    elif stalled is not None:
+        sentence = (
+            f"the training loss ended at {losses[-1]:.3g}, from {losses[0]:.3g} at the start: "
+            f"the run diverged at round {stalled}. Lower the learning rate, raise the number of "
+            "perturbations, or let --auto_lr choose"
+        )
+        summary |= {"diverged_round": stalled, "failure": sentence}
+    if FLAGS.diagnose_every:
+        summary["diagnoses"] = recording.diagnoses(run)
+    if figures:
+        _save_figures(run, experiment.task.name, summary)
     run.write_summary(summary)
-    _print_table(summary)
-    print(f"\nFigures, log and summary are in {run.path}")
-    if diverged:
-        raise entry.UserError(str(diverged)) from diverged
+    return Outcome(summary, summary.get("failure"))
+
+
+def _diagnose(
+    run: Run, values: config.Values, experiment: config.Experiment
+) -> Callable[[simulation.Progress], None]:
+    """Returns what diagnoses a progress and logs it, where one is due and not yet logged."""
+    every, simulator = FLAGS.diagnose_every, experiment.simulator
+    if not every:
+        return lambda progress: None
+    logged = {row["round"] for row in recording.diagnoses(run)}
+    phase_diagnose = functools.cache(
+        lambda phase: diagnostics.make_diagnose(
+            simulator.phases[phase].algorithm, simulator.task, values["batch_size"]
+        )
+    )
+
+    def diagnose(progress: simulation.Progress) -> None:
+        done = int(progress.state.round)
+        if done % every or done in logged:
+            return
+        phase = simulation.phase_at(simulator.phases, done)
+        params = jax.tree.map(np.asarray, progress.state.params)
+        # The same probes each time, so that only the run makes a difference.
+        found = phase_diagnose(phase)(params, simulator.root.init)
+        recording.write_diagnosis(run, done, found)
+
+    return diagnose
 
 
 def summarise(
@@ -175,6 +300,12 @@ def summarise(
 ) -> dict[str, Any]:
     """Returns the contents of `summary.json`."""
     book, history = progress.ledger, [record.row() for record in progress.history]
+    computed = functools.partial(
+        passes.total, experiment.simulator.phases, clients_per_round=values["clients_per_round"]
+    )
+    for row in history:
+        spent = computed(row["round"])
+        row |= {"forward_passes": spent.forward, "backward_passes": spent.backward}
     last: dict[str, Any] = history[-1] if history else {}
     accuracies = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
     rounds_done = book.num_rounds
@@ -198,6 +329,9 @@ def summarise(
         "bytes_catch_up_per_client": book.per_client(book.totals.catch_up),
         "bytes_first_sync_per_client": book.per_client(book.totals.first_sync),
         "bytes_fedavg_per_client": book.per_client(book.dense_bytes),
+        "forward_passes": computed(rounds_done).forward,
+        "backward_passes": computed(rounds_done).backward,
+        "memory_bytes": experiment.simulator.memory_bytes(),
         "compile_seconds": experiment.simulator.compile_seconds(),
         "run_seconds": progress.run_seconds,
         "seconds_per_round": progress.run_seconds / max(rounds_done, 1),
@@ -242,6 +376,7 @@ def _print_table(summary: dict[str, Any]) -> None:
             f"{accuracy:>9} {plots.human_bytes(row['bytes_up'] / clients):>9} "
             f"{plots.human_bytes(row['bytes_down'] / clients):>9}"
         )
+    _print_diagnoses(summary.get("diagnoses", []))
     up, down = summary["bytes_up_per_client"], summary["bytes_down_per_client"]
     dense = summary["bytes_fedavg_per_client"]
     print(
@@ -253,6 +388,36 @@ def _print_table(summary: dict[str, Any]) -> None:
         f"{summary['seconds_per_round'] * 1e3:.3g} ms a round on {summary['device']}; "
         f"compilation took {summary['compile_seconds']:.1f} s."
     )
+
+
+def _print_diagnoses(rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = {
+        "effective_rank": "effective rank",
+        "top_eigenvalue": "top eigenvalue",
+        "snr": "SNR",
+        "stability": "stability",
+        "client_variance": "client variance",
+    }
+    if rows:
+        print(f"{'round':>7} " + " ".join(f"{title:>15}" for title in columns.values()))
+    for row in rows:
+        shown = [math.nan if row[name] is None else row[name] for name in columns]
+        print(f"{row['round']:>7} " + " ".join(f"{value:>15.4g}" for value in shown))
+
+
+def _bar(values: config.Values, done: int) -> tqdm.tqdm:
+    return tqdm.tqdm(
+        total=values["rounds"],
+        initial=done,
+        unit=" rounds",
+        dynamic_ncols=True,
+        disable=not FLAGS.progress,
+    )
+
+
+def note(sentences: str) -> None:
+    """Tells the user, above a progress bar if there is one."""
+    tqdm.tqdm.write(f"note: {sentences}", file=sys.stderr)
 
 
 def _event_writer(run: Run) -> Any:

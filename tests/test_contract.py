@@ -184,7 +184,7 @@ def test_a_client_that_was_sent_the_sync_message_is_up_to_date(name, quick_compi
     expected = client(key, state, own, batches, key).upload
     actual = client(key, restored, own, batches, key).upload
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=5e-3)
 
 
 def first_batches(run: Ran) -> Any:

@@ -87,7 +87,7 @@ def test_a_round_equals_that_of_formed_matrices(x64, quick_compile, make, local_
         def play(state):
             for r in range(2):
                 key = keys.round_key(KEY, r)
-                uploads = jax.vmap(lambda b: algorithm.client(key, state, (), b).upload)(  # noqa: B023
+                uploads = jax.vmap(lambda b: algorithm.client(key, state, (), b, key).upload)(  # noqa: B023
                     cohort(local_steps)
                 )
                 state = algorithm.server(key, state, uploads.mean(0))
@@ -202,8 +202,8 @@ def test_clients_have_no_matrices_of_their_own(quick_compile):
             local_steps=3,
         )
         x = jax.tree.map(lambda p: p.astype(jnp.float32), network_params())
-        clients = jax.vmap(algorithm.client, in_axes=(None, None, None, 0))
-        args = (KEY, algorithm.init(x), (), cohort(3))
+        clients = jax.vmap(algorithm.client, in_axes=(None, None, None, 0, None))
+        args = (KEY, algorithm.init(x), (), cohort(3), KEY)
         return shapes_in(jax.make_jaxpr(clients)(*args).jaxpr)
 
     own = {(CLIENTS, 3, 6, 6), (CLIENTS, 11, 6)}

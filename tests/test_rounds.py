@@ -71,7 +71,7 @@ def expected_counts(cohorts: np.ndarray) -> tuple[list[int], list[int], list[flo
 def test_memory_is_each_client_s_own(quick_compile):
     loop = advance(counting(), 20)
     assert int(loop.done) == int(loop.state.round) == 20
-    cohorts = np.asarray(loop.records.cohort)
+    cohorts = np.asarray(loop.records.attendance.cohort)
     counts, last, means = expected_counts(cohorts[:20])
     assert loop.memory.rounds.tolist() == counts
     assert loop.memory.last.tolist() == last
@@ -88,7 +88,7 @@ def test_a_round_that_is_not_finite_leaves_no_trace(quick_compile):
     loop = advance(counting(fail_at=7), 20)
     assert not loop.healthy
     assert int(loop.done) == int(loop.state.round) == 7
-    counts, last, means = expected_counts(np.asarray(loop.records.cohort)[:7])
+    counts, last, means = expected_counts(np.asarray(loop.records.attendance.cohort)[:7])
     assert loop.memory.rounds.tolist() == counts
     assert loop.memory.last.tolist() == last
     np.testing.assert_allclose(loop.state.params, sum(means), rtol=1e-6)
@@ -96,7 +96,7 @@ def test_a_round_that_is_not_finite_leaves_no_trace(quick_compile):
 
 def test_weights_are_the_clients_numbers_of_examples(quick_compile):
     loop = advance(counting(), 1, "examples")
-    cohort = loop.records.cohort[0].tolist()
+    cohort = loop.records.attendance.cohort[0].tolist()
     weights = np.array([CLIENT_SIZES[client] for client in cohort])
     algorithm = counting()._replace(aggregate=lambda uploads, weights: {"mean": jnp.sum(weights)})
     assert len(set(weights.tolist())) > 1

@@ -222,15 +222,15 @@ def poisoned_task(client: int) -> Task:
     return task._replace(train=task.train._replace(examples=examples))
 
 
-def test_one_client_that_is_not_a_number_stops_the_run(quick_compile):
+def test_a_cohort_that_is_not_a_number_stops_the_run(quick_compile):
     """At its first round, with the state before it; the rounds before are all reported."""
-    healthy = make_simulator("adam", "rademacher", 1)
+    healthy = make_simulator("adam", "rademacher", 1, clients_per_round=1)
     cohorts = healthy.cohorts(np.arange(100))
     absent = [int(np.argmax(np.any(cohorts == c, axis=1))) for c in range(len(CLIENT_SIZES))]
     client = int(np.argmax(absent))
     expected = absent[client]
     assert expected >= 1
-    simulator = make_simulator("adam", "rademacher", 1, poisoned_task(client))
+    simulator = make_simulator("adam", "rademacher", 1, poisoned_task(client), clients_per_round=1)
     reported, records = [], []
 
     def on_rounds(trace, counted, progress):

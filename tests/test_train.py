@@ -49,9 +49,16 @@ MORE = [
     "bytes_broadcast_per_client",
     "bytes_catch_up_per_client",
     "bytes_first_sync_per_client",
+    "forward_passes",
+    "backward_passes",
+    "memory_bytes",
+    "history_seconds",
     "total_seconds",
 ]
-ROW = ["round", "train_loss", "test_loss", "test_accuracy", "bytes_up", "bytes_down"]
+ROW = [
+    *("round", "train_loss", "test_loss", "test_accuracy", "bytes_up", "bytes_down"),
+    *("forward_passes", "backward_passes"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +135,15 @@ def test_the_summary_holds_what_is_promised(whole):
     assert summary["bytes_down_per_client"] == pytest.approx(down)
     assert history[-1]["bytes_up"] == 20 * summary["bytes_up_per_client"]
     assert history[-1]["bytes_down"] == pytest.approx(20 * down)
+
+    # Central differences along 5 directions by 5 clients.
+    assert summary["forward_passes"] == history[-1]["forward_passes"] == ROUNDS * 5 * 10
+    assert history[0]["forward_passes"] == 20 * 5 * 10
+    assert summary["backward_passes"] == history[-1]["backward_passes"] == 0
+    assert summary["memory_bytes"] > 100 * 4
+    seconds = summary["history_seconds"]
+    assert len(seconds) == len(history) and seconds[0] > 0 and sorted(seconds) == seconds
+    assert seconds[-1] == summary["run_seconds"]
 
     assert summary["compile_seconds"] > 0 and summary["run_seconds"] > 0
     assert summary["seconds_per_round"] == summary["run_seconds"] / ROUNDS
@@ -323,7 +339,8 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(commands):
     assert found[1] == found[3] and 13 <= diverged < 20
     workdir = commands.folder / "run"
     summary = summary_of(workdir)
-    assert sorted(summary) == sorted([*PROMISED, *MORE, "diverged_round"])
+    assert sorted(summary) == sorted([*PROMISED, *MORE, "diverged_round", "failure"])
+    assert f"error: {summary['failure']}" == sentence
     assert summary["rounds"] == summary["diverged_round"] == num_logged(workdir) == diverged
     assert [row["round"] for row in summary["history"]] == [5, 10]
     assert (workdir / "rounds.png").exists()

@@ -42,6 +42,21 @@ class ClientResult(NamedTuple):
     stats: dict[str, Array]  # for people, never sent; scalars, "loss" among them
 
 
+class Passes(NamedTuple):
+    """What a client computes: evaluations of the loss of one batch.
+
+    A backward pass comes with a forward pass, counted as such. Forward mode (`jax.jvp`) carries
+    the tangent along: two forward passes.
+    """
+
+    forward: int
+    backward: int
+
+    def times(self, count: int) -> "Passes":
+        """Returns `count` times as many."""
+        return Passes(count * self.forward, count * self.backward)
+
+
 class Sync(NamedTuple):
     """A message that brings a client which fell behind to the present, in place of a replay.
 
@@ -77,6 +92,7 @@ class Algorithm(NamedTuple):
         stateless clients.
       sync: how a client that fell behind is brought up to date, by replaying the broadcasts it
         missed unless given.
+      passes: what one client computes in a round, by the algorithm's own account.
     """
 
     init: Callable[[Params], ServerState]
@@ -86,6 +102,7 @@ class Algorithm(NamedTuple):
     local_steps: int
     init_memory: Callable[[Params], Any] = lambda params: ()
     sync: Sync | None = None
+    passes: Passes = Passes(0, 0)
 
 
 class Phase(NamedTuple):

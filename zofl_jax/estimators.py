@@ -15,7 +15,7 @@ import optax
 
 from zofl_jax import keys, structured, sums
 from zofl_jax.batching import at_once
-from zofl_jax.core import Array, Batch, LossFn, Params, PRNGKey
+from zofl_jax.core import Array, Batch, LossFn, Params, Passes, PRNGKey
 from zofl_jax.perturbations import Perturbation, gaussian
 
 
@@ -35,12 +35,14 @@ class Estimator(NamedTuple):
         stand for arrays (`sums.py`).
       expand: (key, params, scalars [P]) -> (1/P) Σ_p scalars[p] z_p, a tree like params.
       perturbation: the distribution of z.
+      passes: what a measurement computes.
     """
 
     num_perturbations: int
     measure: Callable[[LossFn, PRNGKey, Array, Params, Batch], Estimate]
     expand: Callable[[PRNGKey, Params, Array], Params]
     perturbation: Perturbation
+    passes: Passes = Passes(0, 0)
 
 
 def forward_difference(
@@ -93,7 +95,8 @@ def forward_difference(
         losses = evaluate(params, direction_keys, scales, batch)[:, 0]
         return Estimate((losses - base) / mu, base)
 
-    return _estimator(num_perturbations, measure, chosen, clients_at_once)
+    passes = Passes(num_perturbations + 1, 0)
+    return _estimator(num_perturbations, measure, chosen, clients_at_once, passes)
 
 
 def central_difference(
@@ -122,7 +125,8 @@ def central_difference(
         plus, minus = evaluate(params, direction_keys, scales, batch).T
         return Estimate((plus - minus) / (2 * mu), jnp.mean((plus + minus) / 2))
 
-    return _estimator(num_perturbations, measure, chosen, clients_at_once)
+    passes = Passes(2 * num_perturbations, 0)
+    return _estimator(num_perturbations, measure, chosen, clients_at_once, passes)
 
 
 def projection(
@@ -149,7 +153,8 @@ def projection(
 
         return Estimate(jax.lax.map(along, keys.direction_keys(key, num_perturbations)), loss)
 
-    return _estimator(num_perturbations, measure, chosen, clients_at_once)
+    passes = Passes(1, 1)
+    return _estimator(num_perturbations, measure, chosen, clients_at_once, passes)
 
 
 def forward_gradient(
@@ -181,7 +186,8 @@ def forward_gradient(
         losses, scalars = jax.lax.map(along, keys.direction_keys(key, num_perturbations))
         return Estimate(scalars, losses[0])
 
-    return _estimator(num_perturbations, measure, chosen, clients_at_once)
+    passes = Passes(2 * num_perturbations, 0)
+    return _estimator(num_perturbations, measure, chosen, clients_at_once, passes)
 
 
 def _estimator(
@@ -189,6 +195,7 @@ def _estimator(
     measure: Callable[[LossFn, PRNGKey, Array, Params, Batch], Estimate],
     perturbation: Perturbation,
     clients_at_once: int | None,
+    passes: Passes,
 ) -> Estimator:
     if num_perturbations < 1:
         raise ValueError(f"num_perturbations must be >= 1, got {num_perturbations}")
@@ -199,7 +206,7 @@ def _estimator(
         direction_keys = keys.direction_keys(key, num_perturbations)
         return perturbation.accumulate(direction_keys, params, scalars / num_perturbations)
 
-    return Estimator(num_perturbations, measure, expand, perturbation)
+    return Estimator(num_perturbations, measure, expand, perturbation, passes)
 
 
 def _together(num_perturbations: int, perturbation: Perturbation, at_once: int | None) -> int:

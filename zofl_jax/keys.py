@@ -1,9 +1,11 @@
 """The key schedule: every random number is a pure function of (seed, name, indices).
 
     seed -> shared  -> round r -> local step k -> direction p -> leaf (by its path) -> block
+                   -> pool -> seed j
          -> cohort  -> round r
          -> batches -> round r -> client i -> local step k
          -> own     -> round r -> client i
+         -> adversary, presence -> round r
          -> init, partition
 
 Only `shared` is known to server and clients alike: its round keys are the seeds that
@@ -38,6 +40,8 @@ class RootKeys(NamedTuple):
     cohort: PRNGKey
     batches: PRNGKey
     own: PRNGKey
+    adversary: PRNGKey
+    presence: PRNGKey
     init: PRNGKey
     partition: PRNGKey
 
@@ -121,6 +125,11 @@ def batch_key(batches: PRNGKey, round_index: Array | int, client: Array | int) -
 def own_key(own: PRNGKey, round_index: Array | int, client: Array | int) -> PRNGKey:
     """Returns the private key of client `client` in a round: for its noise and its rounding."""
     return jax.random.fold_in(jax.random.fold_in(own, round_index), client)
+
+
+def pool_key(shared: PRNGKey) -> PRNGKey:
+    """Returns the key of a pool of directions that are the same in all rounds."""
+    return _settle(jax.random.fold_in(shared, name_id("pool")))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

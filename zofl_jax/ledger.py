@@ -16,6 +16,7 @@ transport adds its framing. `tests/oracle.py` serialises these messages for real
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ class RoundBytes(NamedTuple):
 
 
 def message_shapes(
-    algorithm: Algorithm, key: PRNGKey, params: Params, batches: Batches
+    algorithm: Algorithm, key: PRNGKey, params: Params, batches: Batches, cohort: int = 1
 ) -> MessageShapes:
     """Returns the shapes of an algorithm's messages, without running anything.
 
@@ -80,15 +81,16 @@ def message_shapes(
       key: a round key.
       params: arrays or `jax.ShapeDtypeStruct`s.
       batches: one client's batches, likewise, [K, B, ...].
+      cohort: how many clients upload in a round.
     """
     sync = algorithm.sync
 
     def exchange(key: PRNGKey, params: Params, batches: Batches) -> tuple[Any, Any, Any]:
         state, memory = algorithm.init(params), algorithm.init_memory(params)
         upload = algorithm.client(key, state, memory, batches, jax.random.key(0)).upload
-        cohort = jax.tree.map(lambda x: x[None], upload)
+        uploads = jax.tree.map(lambda x: jnp.broadcast_to(x, (cohort, *x.shape)), upload)
         message = None if sync is None else sync.message(state)
-        return upload, algorithm.aggregate(cohort, jnp.ones(1)), message
+        return upload, algorithm.aggregate(uploads, jnp.ones(cohort)), message
 
     shapes = jax.eval_shape(exchange, key, params, batches)
     return MessageShapes(shapes[0], shapes[1], shapes[2], sync is not None and sync.alone)
@@ -132,6 +134,10 @@ class Ledger:
         self.last_round = participation.first_last_round(num_clients)
         self.totals = RoundBytes(0, 0, 0, 0, 0)
         self.participations = 0
+        self.rejected = 0
+        # Of each client, and how many rounds had how many uploads that counted.
+        self.times = np.zeros(num_clients, np.int64)
+        self.contributors: Counter[int] = Counter()
         self.dense_bytes = 0
         # replay_bytes[t]: the seeds and broadcasts of the rounds before t.
         self._replay_bytes = [0]
@@ -141,15 +147,37 @@ class Ledger:
         """How many rounds have been counted."""
         return len(self._replay_bytes) - 1
 
-    def record(self, cohort: Sequence[int] | np.ndarray, sizes: MessageSizes) -> RoundBytes:
-        """Counts the next round; `cohort` holds distinct clients. Returns its bytes."""
-        members = np.asarray(cohort)
+    def record_attendance(
+        self, attendance: participation.Attendance, sizes: MessageSizes, rejected: int = 0
+    ) -> RoundBytes:
+        """Counts the next round: who was there received, and what was not lost was sent.
+
+        A late upload was sent, and so was one of the `rejected`.
+        """
+        there, uploaded = np.asarray(attendance.there), np.asarray(attendance.uploaded)
+        in_time = int(np.sum(attendance.in_time))
+        self.rejected += rejected
+        # Some of the rejected may have been late; then fewer are counted than there were.
+        self.contributors[max(in_time - rejected, 0)] += 1
+        return self.record(np.asarray(attendance.cohort)[there], sizes, int(uploaded.sum()))
+
+    def record(
+        self,
+        cohort: Sequence[int] | np.ndarray,
+        sizes: MessageSizes,
+        num_uploads: int | None = None,
+    ) -> RoundBytes:
+        """Counts the next round; `cohort` holds distinct clients. Returns its bytes.
+
+        All of them upload unless `num_uploads` says how many did.
+        """
+        members = np.asarray(cohort, np.int64)
         now = self.num_rounds
         last = self.last_round[members]
         sent_until_now = self._replay_bytes[now]
         starts = [self._bring_up_to_date(seen, sizes) for seen in last.tolist()]
         counted = RoundBytes(
-            upload=members.size * sizes.upload,
+            upload=(members.size if num_uploads is None else num_uploads) * sizes.upload,
             seed=members.size * sizes.seed,
             broadcast=members.size * sizes.broadcast if sizes.sync is None else 0,
             catch_up=sum(catch_up for catch_up, _ in starts),
@@ -159,6 +187,7 @@ class Ledger:
         self._replay_bytes.append(sent_until_now + sizes.seed + sizes.broadcast)
         self.totals = RoundBytes(*(a + b for a, b in zip(self.totals, counted, strict=True)))
         self.participations += members.size
+        self.times[members] += 1
         self.dense_bytes += 2 * members.size * sizes.params
         return counted
 

@@ -8,7 +8,7 @@ evaluation, as in `summary.json`; bytes are totals over all clients since round 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,6 +25,11 @@ History = Sequence[Mapping[str, Any]]
 
 # Wong, "Points of view: Color blindness", Nature Methods 8, 441 (2011).
 _BLUE, _VERMILION = "#0072B2", "#D55E00"
+_COLOURS = (
+    *(_BLUE, _VERMILION, "#009E73", "#CC79A7"),
+    *("#E69F00", "#56B4E9", "#000000", "#8A7A00"),
+)
+_LINES = ("-", "--", ":", "-.")
 _INK, _FAINT = "#333333", "#DDDDDD"
 _MAX_MARKERS = 30
 _MAX_LABELLED_CELLS = 200
@@ -81,6 +86,62 @@ def accuracy_against_bytes(history: History, dense_bytes_per_round: float, title
     _log_ticks(axes.xaxis, half_width**2, human_bytes)
     if xs.size:
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+class Curve(NamedTuple):
+    """Accuracies of a method over a cost, in the order of evaluations; arrays [n]."""
+
+    x: np.ndarray
+    mean: np.ndarray  # over seeds
+    low: np.ndarray
+    high: np.ndarray
+
+
+def comparison(
+    curves: Mapping[str, Curve],
+    x_label: str,
+    title: str,
+    targets: Sequence[float] = (),
+    *,
+    logarithmic: bool = False,
+    number: Callable[[float], str] = "{:g}".format,
+) -> Figure:
+    """Returns test accuracy of several methods against one cost.
+
+    Args:
+      curves: name -> its curve.
+      x_label: what the cost is.
+      title: of the figure.
+      targets: accuracies to mark.
+      logarithmic: whether costs are on a log axis; points without cost are left out then.
+      number: how a cost is written.
+    """
+    figure = _new_figure(title, (7.2, 4.8 + 0.18 * math.ceil(len(curves) / 4)))
+    axes = figure.subplots()
+    _tidy(axes)
+    for index, (name, curve) in enumerate(curves.items()):
+        colour = _COLOURS[index % len(_COLOURS)]
+        line = _LINES[index // len(_COLOURS) % len(_LINES)]
+        shown = curve.x > 0 if logarithmic else np.full(curve.x.shape, True)
+        x = curve.x[shown]
+        axes.plot(x, curve.mean[shown], line, color=colour, linewidth=1.5, label=name)
+        axes.fill_between(
+            x, curve.low[shown], curve.high[shown], color=colour, alpha=0.15, linewidth=0
+        )
+    for target in targets:
+        axes.axhline(target, color=_INK, linewidth=0.6, linestyle=":")
+    axes.set_ylabel("test accuracy")
+    axes.set_xlabel(x_label)
+    axes.yaxis.set_major_formatter(_formatter(_per_cent))
+    if logarithmic:
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        _log_ticks(axes.xaxis, high / low, number)
+    else:
+        _count_axis(axes.xaxis, 9)
+    if curves:
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
@@ -242,7 +303,8 @@ def _count_axis(axis: Axis, max_ticks: int) -> None:
 
 def _log_ticks(axis: Axis, ratio: float, text: Callable[[float], str]) -> None:
     """Puts ticks on powers of ten, and on 2 and 5 times these where the axis is short."""
-    subs = (1.0, 2.0, 5.0) if ratio < 300 else (1.0,)
+    subs: tuple[float, ...] = (1.0, 2.0, 5.0) if ratio < 300 else (1.0,)
+    subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if ratio < 8 else subs
     axis.set_major_locator(LogLocator(subs=subs, numticks=10))
     axis.set_major_formatter(_formatter(text))
     axis.set_minor_formatter(NullFormatter())

@@ -13,14 +13,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from zofl_jax import ledger, rounds
+from zofl_jax import ledger, participation, rounds
 from zofl_jax.core import Broadcast, ServerState
+from zofl_jax.diagnostics import Diagnosis
 from zofl_jax.runs import RoundRow, Run, RunError
 from zofl_jax.simulation import Progress, Record, Simulator, Trace, phase_at
 
 FINGERPRINT = "params_fingerprint"
 RUN_SECONDS = "run_seconds"
-_HOST_METRICS = (FINGERPRINT, RUN_SECONDS, "train_loss")
+REJECTED = "rejected"
+EPSILON = "epsilon"
+TEST = "test_"
+DIAGNOSIS = "diagnosis_"
 
 
 def write_rounds(
@@ -50,13 +54,38 @@ def write_rounds(
         FINGERPRINT: float(rounds.fingerprint(progress.state.params)),
         RUN_SECONDS: progress.run_seconds,
     }
-    run.log.append(rows, {trace.first_round + len(rows): marks})
+    # Of rounds in which messages were rejected, how many.
+    metrics: dict[int, dict[str, float]] = {
+        trace.first_round + i + 1: {REJECTED: float(count)}
+        for i, count in enumerate(trace.rejected.tolist())
+        if count
+    }
+    metrics.setdefault(trace.first_round + len(rows), {}).update(marks)
+    run.log.append(rows, metrics)
 
 
 def write_record(run: Run, record: Record) -> None:
     """Adds an evaluation to the log; the metrics of the test set are named test_*."""
-    metrics = {f"test_{name}": value for name, value in record.metrics.items()}
-    run.log.write_metrics(record.round, {"train_loss": record.train_loss, **metrics})
+    metrics = {f"{TEST}{name}": value for name, value in record.metrics.items()}
+    spent = {} if record.epsilon is None else {EPSILON: record.epsilon}
+    run.log.write_metrics(record.round, {"train_loss": record.train_loss, **metrics, **spent})
+
+
+def write_diagnosis(run: Run, rounds_done: int, diagnosis: Diagnosis) -> None:
+    """Adds a diagnosis to the log."""
+    values = {f"{DIAGNOSIS}{name}": value for name, value in diagnosis._asdict().items()}
+    run.log.write_metrics(rounds_done, values)
+
+
+def diagnoses(run: Run) -> list[dict[str, float]]:
+    """Returns the diagnoses in the log, {"round", "trace", ...} each, in the order of rounds."""
+    rows = []
+    for rounds_done, values in run.log.metrics().items():
+        names = [name for name in Diagnosis._fields if f"{DIAGNOSIS}{name}" in values]
+        if names:
+            found = {name: values[f"{DIAGNOSIS}{name}"] for name in names}
+            rows.append({"round": rounds_done, **found})
+    return rows
 
 
 def save_snapshot(run: Run, progress: Progress) -> None:
@@ -147,20 +176,35 @@ def _recount(run: Run, simulator: Simulator, progress: Progress) -> Progress:
     for at in range(0, done, chunk):
         part = run.log.rounds(at, min(at + chunk, done))
         indices = np.resize(np.arange(at, at + len(part)), chunk)
-        for row, cohort in zip(part, simulator.cohorts(indices), strict=False):
-            book.record(cohort, simulator.sizes[phase_at(simulator.phases, row.round)])
-            losses.append(row.train_loss)
+        attended = participation.each_round(simulator.attendance(indices))
+        for row, attendance in zip(part, attended, strict=False):
             values = metrics.get(row.round + 1, {})
+            book.record_attendance(
+                attendance,
+                simulator.sizes[phase_at(simulator.phases, row.round)],
+                int(values.get(REJECTED, 0)),
+            )
+            losses.append(row.train_loss)
             seconds = values.get(RUN_SECONDS, seconds)
             tests = {
-                name.removeprefix("test_"): value
+                name.removeprefix(TEST): value
                 for name, value in values.items()
-                if name not in _HOST_METRICS
+                if name.startswith(TEST)
             }
             if tests:
                 loss = values.get("train_loss", math.nan)
                 totals = book.totals
-                history.append(Record(row.round + 1, loss, tests, totals.up, totals.down))
+                history.append(
+                    Record(
+                        row.round + 1,
+                        loss,
+                        tests,
+                        totals.up,
+                        totals.down,
+                        book.rejected,
+                        values.get(EPSILON),
+                    )
+                )
                 losses = []
     return progress._replace(history=history, losses=losses, run_seconds=seconds)
 

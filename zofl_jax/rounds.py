@@ -2,15 +2,19 @@
 
 A round is
 
-    cohort    = participation.uniform(key, r)
+    cohort    = attend(keys, r)                  who is there, whose upload arrives
     batches   = each client's own draw from its data
-    uploads   = vmap(client)
-    broadcast = aggregate(uploads)
+    uploads   = vmap(client)                     malicious clients change theirs
+    broadcast = aggregate(uploads, weights)      zero weight: absent, late or rejected
     state     = server(broadcast)
 
 and a loop advances any number of rounds up to a capacity, so that one compilation serves
-every dispatch. A round whose loss or broadcast is not finite is not applied: the loop
-ends before it.
+every dispatch.
+
+A message with a number that is not finite, or larger than `Conditions.max_message`, is
+rejected: its client counts as absent and nothing else is lost. Where all messages of a round
+are rejected the model itself has diverged. Then, or if the broadcast or the loss is not
+finite, the round is not applied: the loop ends before it.
 """
 
 import math
@@ -21,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from zofl_jax import keys, participation, placement
+from zofl_jax import aggregation, attacks, keys, participation, placement
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -32,6 +36,7 @@ from zofl_jax.core import (
     PRNGKey,
     ServerState,
     Task,
+    Upload,
 )
 from zofl_jax.data import batches as data_batches
 
@@ -44,12 +49,48 @@ BUFFER_BYTES = 64 * 2**20
 """What the broadcasts of one dispatch may take."""
 
 
+class Conditions(NamedTuple):
+    """What goes wrong around a method, and what the server does about it.
+
+    Attributes:
+      attend: who is there, see `participation`; a uniform cohort unless given.
+      adversary: who is malicious and what they do; nobody unless given.
+      max_message: messages with a number larger than this in size are rejected.
+      late_uploads: whether uploads after the deadline are used in the next round, which needs
+        an algorithm made by `staleness.with_late_uploads`, or lost.
+    """
+
+    attend: participation.Attend | None = None
+    adversary: attacks.Adversary | None = None
+    max_message: float = math.inf
+    late_uploads: bool = False
+
+
+IDEAL = Conditions()
+"""Everybody is there, honest and in time."""
+
+
 class RoundRecord(NamedTuple):
     """What is kept of a round; in buffers each leaf is [capacity, ...]."""
 
-    cohort: Array  # int32 [clients_per_round]
+    attendance: participation.Attendance
     broadcast: Broadcast
-    loss: Array  # [], the cohort's mean training loss
+    loss: Array  # [], the mean training loss of those whose uploads are used
+    rejected: Array  # int32 [], messages
+
+
+class Late(NamedTuple):
+    """Uploads that missed the deadline of the round before."""
+
+    uploads: Upload  # a tree of arrays [clients_per_round, ...]
+    weights: Array  # [clients_per_round], zero for those in time
+
+
+class Memory(NamedTuple):
+    """What outlives a round beside the shared state, where late uploads are used."""
+
+    clients: Any
+    late: Late
 
 
 class Loop(NamedTuple):
@@ -71,60 +112,93 @@ def make_advance(
     weighting: Weighting,
     mesh: Mesh | None = None,
     rounds_at_most: int = CAPACITY,
+    conditions: Conditions = IDEAL,
 ) -> Callable[..., Loop]:
     """Returns (state, memory, train, root, limit) -> Loop: up to `limit` rounds.
 
     The clients are shared out over the devices of `mesh`; buffers hold `rounds_at_most` rounds.
+    Where `conditions.late_uploads`, `memory` is a `Memory`, and otherwise the clients' alone.
     """
     num_clients = task.train.num_clients
+    attend = conditions.attend or participation.everyone(num_clients, clients_per_round)
+    adversary, stale = conditions.adversary, conditions.late_uploads
 
     def clients(shared: tuple, each: tuple) -> ClientResult:
         return jax.vmap(algorithm.client, in_axes=(None, None, 0, 0, 0))(*shared, *each)
 
     def exchange(
         state: ServerState, memory: Any, train: ClientData, root: keys.RootKeys
-    ) -> tuple[RoundRecord, Any]:
-        """Returns the record of a round, not yet applied, and the cohort's new memory."""
+    ) -> tuple[RoundRecord, Any, Array]:
+        """Returns the record of a round, not yet applied, new memory, and whether it is sound."""
         r = state.round
-        cohort = participation.uniform(root.cohort, r, num_clients, clients_per_round)
+        attendance = attend(root, r)
+        cohort = attendance.cohort
         batch_keys = jax.vmap(lambda c: keys.batch_key(root.batches, r, c))(cohort)
         batches = jax.vmap(
             lambda key, c: data_batches.sample(key, train, c, batch_size, algorithm.local_steps)
         )(batch_keys, cohort)
+        if adversary is not None and adversary.data_attack is not None:
+            batches = _where_rows(
+                adversary.malicious[cohort], jax.vmap(adversary.data_attack)(batches), batches
+            )
         own_keys = jax.vmap(lambda c: keys.own_key(root.own, r, c))(cohort)
+        before = _rows(memory.clients if stale else memory, cohort)
         results = placement.over_devices(clients, mesh)(
-            (keys.round_key(root.shared, r), state), (_rows(memory, cohort), batches, own_keys)
+            (keys.round_key(root.shared, r), state), (before, batches, own_keys)
         )
+        uploads = results.upload
+        if adversary is not None and adversary.attack is not None:
+            key, malicious = keys.round_key(root.adversary, r), adversary.malicious[cohort]
+            uploads = adversary.attack(key, uploads, malicious, attendance.uploaded)
+        good = attendance.uploaded & _acceptable(uploads, conditions.max_message)
+        used = good & attendance.in_time
         weights = jnp.ones(clients_per_round, jnp.float32)
         if weighting == "examples":
             counts = train.offsets[cohort + 1] - train.offsets[cohort]
             weights = counts.astype(jnp.float32)
-        broadcast = algorithm.aggregate(results.upload, weights)
-        loss = jnp.average(results.stats["loss"], weights=weights)
-        return RoundRecord(cohort, broadcast, loss), results.memory
+        broadcast = _aggregate(
+            algorithm,
+            aggregation.present_only(uploads, good),
+            jnp.where(used, weights, 0.0),
+            memory.late if stale else None,
+        )
+        # With nobody to listen to, the loss is that of the work done in vain.
+        heard = jnp.where(jnp.any(used), used, ~used)
+        losses = jnp.where(heard, results.stats["loss"], 0.0)
+        loss = jnp.average(losses, weights=jnp.where(heard, weights, 0.0))
+        rejected = attendance.uploaded & ~good
+        lost = jnp.any(rejected) & ~jnp.any(good)
+        record = RoundRecord(attendance, broadcast, loss, jnp.sum(rejected, dtype=jnp.int32))
+        healthy = ~lost & _all_finite((broadcast, loss))
+        # A client whose upload did not count takes back what it did for it.
+        after = _where_rows(used & healthy, results.memory, before)
+        kept = jax.tree.map(
+            lambda m, new: m.at[cohort].set(new), memory.clients if stale else memory, after
+        )
+        if stale:
+            late = good & ~attendance.in_time
+            missed = Late(aggregation.present_only(uploads, late), jnp.where(late, weights, 0.0))
+            kept = Memory(
+                kept, jax.tree.map(lambda a, b: jnp.where(healthy, a, b), missed, memory.late)
+            )
+        return record, kept, healthy
 
     def advance(
         state: ServerState, memory: Any, train: ClientData, root: keys.RootKeys, limit: Array
     ) -> Loop:
         def body(loop: Loop) -> Loop:
-            record, cohort_memory = exchange(loop.state, loop.memory, train, root)
-            healthy = _all_finite((record.broadcast, record.loss))
+            record, memory, healthy = exchange(loop.state, loop.memory, train, root)
             key = keys.round_key(root.shared, loop.state.round)
-            kept = jax.tree.map(
-                lambda new, old: jnp.where(healthy, new, old),
-                cohort_memory,
-                _rows(loop.memory, record.cohort),
-            )
             return Loop(
                 loop.done + healthy,
                 _server_if(healthy, algorithm, key, loop.state, record.broadcast),
-                jax.tree.map(lambda m, new: m.at[record.cohort].set(new), loop.memory, kept),
+                memory,
                 jax.tree.map(lambda b, x: b.at[loop.done].set(x), loop.records, record),
                 healthy,
                 record.loss,
             )
 
-        record, _ = jax.eval_shape(exchange, state, memory, train, root)
+        record, _, _ = jax.eval_shape(exchange, state, memory, train, root)
         buffers = jax.tree.map(lambda x: jnp.zeros((rounds_at_most, *x.shape), x.dtype), record)
         loss = jnp.zeros((), record.loss.dtype)
         start = Loop(jnp.zeros((), jnp.int32), state, memory, buffers, jnp.ones((), bool), loss)
@@ -205,6 +279,37 @@ def _server_if(
     # stands around it: so a replay does the same floating point operations as the round.
     return jax.lax.cond(
         healthy, algorithm.server, lambda key, state, b: state, key, state, broadcast
+    )
+
+
+def _aggregate(
+    algorithm: Algorithm, uploads: Upload, weights: Array, late: Late | None
+) -> Broadcast:
+    """Returns the broadcast, zero if no upload is used."""
+    if late is not None:
+        uploads = jax.tree.map(lambda u, v: jnp.concatenate([u, v]), uploads, late.uploads)
+        weights = jnp.concatenate([weights, late.weights])
+    broadcast = algorithm.aggregate(uploads, weights)
+    return jax.tree.map(lambda b: jnp.where(jnp.any(weights > 0), b, jnp.zeros_like(b)), broadcast)
+
+
+def _acceptable(uploads: Upload, largest: float) -> Array:
+    """Returns whose floating point numbers are all finite and in range, [C]."""
+
+    def leaf(u: Array) -> Array:
+        flat = u.reshape(len(u), -1)
+        # Compared with the largest, NaN and infinity fail too.
+        bound = min(largest, float(jnp.finfo(u.dtype).max))
+        return jnp.all(jnp.abs(flat) <= jnp.asarray(bound, u.dtype), axis=1)
+
+    leaves = [u for u in jax.tree.leaves(uploads) if jnp.issubdtype(u.dtype, jnp.floating)]
+    size = len(jax.tree.leaves(uploads)[0])
+    return jnp.all(jnp.stack([jnp.ones(size, bool), *map(leaf, leaves)]), axis=0)
+
+
+def _where_rows(rows: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(
+        lambda a, b: jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old
     )
 
 

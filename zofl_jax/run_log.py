@@ -138,6 +138,14 @@ class RunLog:
             rows = self._connection.execute(query, (start, stop)).fetchall()
         return [to_row(values) for *values, _ in rows]
 
+    def train_losses(self) -> list[float]:
+        """Returns the training loss of each round, NaN where there is none."""
+        with errors_reported(self._path):
+            rows = self._connection.execute(
+                "SELECT train_loss FROM rounds ORDER BY round"
+            ).fetchall()
+        return [math.nan if loss is None else loss for (loss,) in rows]
+
     def truncate_after(self, round_index: int) -> None:
         """Drops the rounds after `round_index` (-1: all) and the metrics of later states."""
         with self._transaction() as connection:

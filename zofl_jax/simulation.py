@@ -37,6 +37,8 @@ class Trace(NamedTuple):
     broadcasts: Broadcast  # a tree of arrays [n, ...]
     losses: np.ndarray  # [n], the cohort's mean training loss
     failed_loss: float | None  # the loss of the round after these, if it was not healthy
+    attendance: participation.Attendance  # [n, clients_per_round] each
+    rejected: np.ndarray  # int32 [n], messages the server rejected
 
 
 class Record(NamedTuple):
@@ -47,6 +49,8 @@ class Record(NamedTuple):
     metrics: dict[str, float]  # means over the test set
     bytes_up: int
     bytes_down: int
+    rejected: int = 0  # messages, since round 0
+    epsilon: float | None = None  # of differential privacy, where it is accounted for
 
     def row(self) -> dict[str, Any]:
         """Returns the record as figures and summaries take it; None for metrics it lacks."""
@@ -57,6 +61,8 @@ class Record(NamedTuple):
             "test_accuracy": self.metrics.get("accuracy"),
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
+            "rejected": self.rejected,
+            "epsilon": self.epsilon,
         }
 
 
@@ -89,13 +95,16 @@ class Simulator(NamedTuple):
       replay: (state, seeds uint32 [n, words], broadcasts [n, ...]) -> state: the server's
         part of n rounds, bit-identical to `advance` on the same machine. The rounds
         must lie in one phase.
+      attendance: int [n] rounds -> who is there, NumPy arrays [n, clients_per_round].
       cohorts: round indices [n] -> int32 [n, clients_per_round].
       seeds: round indices [n], n <= `rounds.CAPACITY` -> the raw words of the shared keys
         as they are sent, uint32 [n, words].
       compile_seconds: () -> seconds spent on compilation so far.
-      memory_bytes: () -> the most device memory that a function compiled so far needs, see
-        `compilation.memory_bytes`.
+      memory_bytes: () -> the device memory that the rounds compiled so far need, data and the
+        buffers of a dispatch included, see `compilation.memory_bytes`.
       num_devices: that the cohort is shared out over.
+      conditions: under which rounds run.
+      epsilon: ledger -> ε spent so far, if it is accounted for.
     """
 
     task: Task
@@ -108,15 +117,20 @@ class Simulator(NamedTuple):
     advance: Callable[[ServerState, Any, int], tuple[ServerState, Any, Trace]]
     evaluate: Callable[[Params], dict[str, float]]
     replay: Callable[[ServerState, np.ndarray, Broadcast], ServerState]
+    attendance: Callable[[np.ndarray], participation.Attendance]
     cohorts: Callable[[np.ndarray], np.ndarray]
     seeds: Callable[[np.ndarray], np.ndarray]
     compile_seconds: Callable[[], float]
     memory_bytes: Callable[[], int]
     num_devices: int = 1
+    conditions: traced.Conditions = traced.IDEAL
+    epsilon: Callable[[ledger.Ledger], float] | None = None
 
 
 class Diverged(ArithmeticError):  # noqa: N818 (the name says what happened)
-    """A round's loss or broadcast was not finite; the round was not applied."""
+    """A round's loss or broadcast was not finite, or every message of it was rejected; the round
+    was not applied.
+    """
 
     def __init__(self, round_index: int, loss: float, progress: Progress):
         super().__init__(
@@ -140,6 +154,8 @@ def make_simulator(
     weighting: traced.Weighting = "uniform",
     eval_batch_size: int = 512,
     mesh: Mesh | None = None,
+    conditions: traced.Conditions = traced.IDEAL,
+    epsilon: Callable[[ledger.Ledger], float] | None = None,
 ) -> Simulator:
     """Returns the compiled functions that simulate `algorithm` on `task`.
 
@@ -153,6 +169,8 @@ def make_simulator(
       weighting: the cohort's mean is uniform, or weighted by the clients' examples.
       eval_batch_size: test examples evaluated at once.
       mesh: devices that the cohort is shared out over, see `placement`; one unless given.
+      conditions: who is there, who is malicious, which messages are rejected.
+      epsilon: ledger -> ε spent so far, see `privacy`; it goes into the records.
 
     Raises:
       ValueError: for a cohort larger than the population, phases out of order or clients
@@ -182,6 +200,11 @@ def make_simulator(
         )
         # A copy, since `advance` consumes the state it is given.
         state = place(jax.tree.map(jnp.copy, first.init(params)))
+        if conditions.late_uploads:
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros((clients_per_round, *x.shape), x.dtype), shapes[0].upload
+            )
+            memory = traced.Memory(memory, traced.Late(zeros, jnp.zeros(clients_per_round)))
         return Progress(state, memory, ledger.Ledger(num_clients), [], [])
 
     def advance(state: ServerState, memory: Any, n: int) -> tuple[ServerState, Any, Trace]:
@@ -191,7 +214,14 @@ def make_simulator(
         loop = compiler.call(
             ("advance", phase),
             traced.make_advance(
-                chosen, task, clients_per_round, batch_size, weighting, mesh, capacities[phase]
+                chosen,
+                task,
+                clients_per_round,
+                batch_size,
+                weighting,
+                mesh,
+                capacities[phase],
+                conditions,
             ),
             (place(state), place(memory), train, placed_root, np.int32(n)),
             donate=(0, 1),
@@ -202,10 +232,12 @@ def make_simulator(
         trace = Trace(
             first_round,
             seeds(np.arange(first_round, first_round + done)),
-            np.asarray(kept.cohort),
+            np.asarray(kept.attendance.cohort),
             kept.broadcast,
             np.asarray(kept.loss),
             failed_loss,
+            kept.attendance,
+            np.asarray(kept.rejected),
         )
         return loop.state, loop.memory, trace
 
@@ -241,14 +273,17 @@ def make_simulator(
     def phase_of(first_round: int, n: int) -> int:
         return _phase_of(phases, capacities, first_round, n)
 
+    attend = conditions.attend or participation.everyone(num_clients, clients_per_round)
+
     @jax.jit
-    def traced_cohorts(rounds: Array) -> Array:
-        return jax.vmap(
-            lambda r: participation.uniform(root.cohort, r, num_clients, clients_per_round)
-        )(rounds)
+    def traced_attendance(rounds: Array) -> participation.Attendance:
+        return jax.vmap(attend, in_axes=(None, 0))(root, rounds)
+
+    def attendance(rounds: np.ndarray) -> participation.Attendance:
+        return jax.tree.map(np.asarray, traced_attendance(jnp.asarray(rounds, jnp.int32)))
 
     def cohorts(rounds: np.ndarray) -> np.ndarray:
-        return np.asarray(traced_cohorts(jnp.asarray(rounds, jnp.int32)))
+        return np.asarray(attendance(rounds).cohort)
 
     @jax.jit
     def traced_seeds(rounds: Array) -> Array:
@@ -265,9 +300,15 @@ def make_simulator(
             root.shared,
             params,
             _batches_shape(task, batch_size, phase.algorithm.local_steps),
+            clients_per_round,
         )
         for phase in phases
     ]
+    if conditions.late_uploads and any(s.upload != shapes[0].upload for s in shapes):
+        raise ValueError(
+            "late uploads can't be used where phases differ in the size of uploads: keep the "
+            "number of perturbations, or discard late uploads"
+        )
     capacities = tuple(traced.capacity(shape.broadcast) for shape in shapes)
     weighted = weighting == "examples"
     return Simulator(
@@ -281,11 +322,14 @@ def make_simulator(
         advance,
         evaluate,
         replay,
+        attendance,
         cohorts,
         seeds,
         lambda: sum(compiler.seconds),
-        compiler.memory_bytes,
+        functools.partial(compiler.memory_bytes, "advance"),
         1 if mesh is None else mesh.size,
+        conditions,
+        epsilon,
     )
 
 
@@ -329,7 +373,13 @@ def run(
         if done != evaluated and (done == rounds or (eval_every and done % eval_every == 0)):
             metrics = simulator.evaluate(state.params)
             record = Record(
-                done, float(np.mean(losses or [np.nan])), metrics, book.totals.up, book.totals.down
+                done,
+                float(np.mean(losses or [np.nan])),
+                metrics,
+                book.totals.up,
+                book.totals.down,
+                book.rejected,
+                simulator.epsilon(book) if simulator.epsilon else None,
             )
             history.append(record)
             losses.clear()
@@ -352,7 +402,12 @@ def run(
         if n == dispatch and took < DISPATCH_SECONDS / 2:
             dispatch *= 2
 
-        counted = [book.record(cohort, simulator.sizes[phase]) for cohort in trace.cohorts]
+        counted = [
+            book.record_attendance(one, simulator.sizes[phase], rejected)
+            for one, rejected in zip(
+                participation.each_round(trace.attendance), trace.rejected.tolist(), strict=True
+            )
+        ]
         losses.extend(trace.losses.tolist())
         done += len(trace.losses)
         now = Progress(state, memory, book, history, losses, seconds)
@@ -415,6 +470,7 @@ class _Compiler:
             self.seconds.append(time.perf_counter() - began)
         return self._compiled[name](*args)
 
-    def memory_bytes(self) -> int:
-        """Returns the most that any function needs."""
-        return max((compilation.memory_bytes(f) for f in self._compiled.values()), default=0)
+    def memory_bytes(self, kind: str) -> int:
+        """Returns the most that a function named (kind, ...) needs, 0 before its compilation."""
+        needed = [compilation.memory_bytes(f) for name, f in self._compiled.items() if kind in name]
+        return max(needed, default=0)

@@ -139,4 +139,5 @@ def decomfl(
         )
         return ServerState(params, opt_state, state.round + 1)
 
-    return Algorithm(init, client, aggregate, server, local_steps)
+    passes = estimator.passes.times(local_steps)
+    return Algorithm(init, client, aggregate, server, local_steps, passes=passes)

@@ -1,0 +1,242 @@
+"""Compares methods on one task: the same data, seeds and tuning budget.
+
+    python -m experiments.compare --flagfile=experiments/flagfiles/compare_digits.flags
+
+Flags are those of `experiments.train`, shared by all methods. Each `--method` names one, with
+flags of its own after its name:
+
+    --method=hiso
+    --method=decomfl-20 --algorithm=decomfl --num_perturbations=20
+
+The name is the algorithm unless `--algorithm` follows. With the first seed a method tries its
+`--learning_rate` times each factor of `--grid`; the one of the best accuracy it takes to the
+other seeds. The workdir holds the table (`table.md`, `table.csv`), the figures, and a run
+directory for each run, as `experiments.train` writes them. The same command again goes on
+where it was stopped.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tqdm
+from absl import flags
+from absl.testing import flagsaver
+from matplotlib.figure import Figure
+
+from experiments import comparison, config, entry, train
+from zofl_jax.run_files import temporary_path, write_atomically
+from zofl_jax.runs import open_run
+
+flags.DEFINE_multi_string(
+    "method", [], "A method and flags of its own, as in 'hiso --learning_rate=0.1'; repeat it."
+)
+flags.DEFINE_list(
+    "grid",
+    ["0.3", "1", "3"],
+    "Learning rates that each method tries, as multiples of its --learning_rate.",
+)
+flags.DEFINE_integer("seeds", 3, "Repetitions, with seeds from --seed on.", lower_bound=1)
+flags.DEFINE_list("targets", ["0.8", "0.9"], "Test accuracies that costs are counted to.")
+
+FLAGS = flags.FLAGS
+
+OWN = ("method", "grid", "seeds", "targets")
+
+
+class Method(NamedTuple):
+    """A method of the comparison.
+
+    Attributes:
+      name: of its row.
+      values: its flags, with the first seed and its own learning rate.
+    """
+
+    name: str
+    values: config.Values
+
+    @property
+    def folder(self) -> str:
+        """The name as a folder's."""
+        return re.sub(r"[^\w.-]+", "_", self.name)
+
+
+def main() -> None:
+    """Runs the comparison that the flags describe."""
+    methods = parse_methods(FLAGS.method)
+    factors = _numbers("grid", FLAGS.grid)
+    targets = sorted(_numbers("targets", FLAGS.targets))
+    if targets[-1] > 1:
+        raise entry.UserError(f"--targets are accuracies of at most 1, got {targets[-1]:g}")
+    for method in methods:
+        train.check_diagnose_every(method.values)
+    if FLAGS.auto_lr:
+        raise entry.UserError("--auto_lr is for single runs: here --grid tries the learning rates")
+    seeds = range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
+    workdir = Path(FLAGS.workdir or default_workdir(methods)).expanduser()
+    if (workdir / "flags.json").exists():
+        raise entry.UserError(f"{workdir} holds a single run: choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+
+    first = methods[0].values
+    title = f"{first['task']}, {train.model_name(first)}"
+    heading = (
+        f"Methods on {title}: {first['num_clients']} clients, {len(seeds)} seeds; of "
+        f"{len(factors)} learning rates the one of the best accuracy with seed {seeds[0]}. Costs "
+        "are of all clients together; mean ± standard deviation over seeds."
+    )
+    grids = {
+        method.name: [float(f"{method.values['learning_rate'] * f:.6g}") for f in factors]
+        for method in methods
+    }
+    results: list[comparison.Result] = []
+    chosen: dict[str, float] = {}
+
+    def write() -> list[dict]:
+        table = comparison.rows(results, chosen, targets)
+        _write(workdir / "table.csv", comparison.as_csv(table))
+        _write(workdir / "table.md", comparison.as_markdown(table, grids, heading))
+        return table
+
+    num_runs = len(factors) + len(seeds) - 1
+    with tqdm.tqdm(
+        total=sum(num_runs * method.values["rounds"] for method in methods),
+        unit=" rounds",
+        smoothing=0,  # methods differ in speed: the time left comes from the mean
+        dynamic_ncols=True,
+        disable=not FLAGS.progress,
+    ) as bar:
+        for method in methods:
+            rates = grids[method.name]
+            results += [_run(workdir, method, seeds[0], rate, bar) for rate in rates]
+            best = comparison.best_rate(results[-len(rates) :])
+            results += [_run(workdir, method, seed, best, bar) for seed in seeds[1:]]
+            chosen[method.name] = best
+            write()
+    for name, figure in comparison.figures(results, chosen, targets, title).items():
+        _save_figure(workdir / name, figure)
+    print((workdir / "table.md").read_text())
+    print(f"Table, figures and runs are in {workdir}")
+
+
+def parse_methods(lines: Sequence[str]) -> list[Method]:
+    """Returns the methods of `--method`, with the flags of this process where they set none.
+
+    Raises:
+      UserError: for no method, names that repeat, or flags that are wrong.
+    """
+    if not lines:
+        raise entry.UserError("no method to compare: give --method=NAME for each")
+    methods = []
+    for line in lines:
+        try:
+            name, *own = shlex.split(line)
+        except ValueError as error:
+            raise entry.UserError(f"--method={line!r} can't be read: {error}") from None
+        with flagsaver.flagsaver():
+            before = {flag: FLAGS[flag].present for flag in FLAGS}
+            if not any(re.match(r"--?algorithm\b", token) for token in own):
+                own = [f"--algorithm={name}", *own]
+            try:
+                rest = FLAGS([name, *own])[1:]
+            except flags.Error as error:
+                raise entry.UserError(f"--method={line!r}: {error}") from None
+            given = [flag for flag in FLAGS if FLAGS[flag].present > before[flag]]
+            wrong = [flag for flag in given if flag not in config.NAMES or flag == "seed"]
+            if rest or wrong:
+                what = rest[0] if rest else f"--{wrong[0]}"
+                raise entry.UserError(
+                    f"--method={line!r}: {what} is no flag of a single method; give it outside"
+                )
+            methods.append(Method(name, config.resolve()))
+    names = [method.folder for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise entry.UserError(
+                f"two methods are named {name!r}: name one '{name}-2 --algorithm={name} ...'"
+            )
+    task = methods[0].values["task"]
+    for method in methods:
+        if (method.values["task"], method.values["model"]) != (task, methods[0].values["model"]):
+            raise entry.UserError(f"--method={method.name}: all methods share --task and --model")
+    if task == "quadratic":
+        raise entry.UserError("--task=quadratic has no accuracy to compare: use experiments.theory")
+    return methods
+
+
+def default_workdir(methods: Sequence[Method]) -> Path:
+    """Returns a folder whose name tells the task and whose digest tells all methods' flags."""
+    fixed = [
+        {name: v for name, v in method.values.items() if name not in train.MAY_CHANGE}
+        | {"method": method.name}
+        for method in methods
+    ]
+    digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
+    task = re.sub(r"[^\w.-]+", "_", methods[0].values["task"])
+    return Path("runs") / f"compare-{task}-{digest}"
+
+
+def _run(
+    workdir: Path, method: Method, seed: int, rate: float, bar: tqdm.tqdm
+) -> comparison.Result:
+    """Returns the result of one run; a finished one is read, a stopped one goes on."""
+    values = {**method.values, "seed": seed, "learning_rate": rate}
+    bar.set_description(f"{method.name} lr={rate:g} seed={seed}")
+
+    def start_bar(done: int) -> contextlib.nullcontext:
+        _skip(bar, done)
+        return contextlib.nullcontext(bar)
+
+    path = workdir / method.folder / f"lr{rate:g}-seed{seed}"
+    with open_run(path, values, train.MAY_CHANGE) as run:
+        ended = train.finished(run, values)
+        summary = ended.summary if ended else run.read_summary()
+        if summary and "diverged_round" in summary:
+            _skip(bar, values["rounds"])
+            return comparison.Result(method.name, seed, rate, summary)
+        if summary and ended:
+            _skip(bar, values["rounds"])
+        else:
+            summary = train.train(run, values, None, start_bar, figures=False).summary
+            _skip(bar, values["rounds"] - summary["rounds"])
+    if summary.get("failure"):
+        train.note(f"{method.name}, learning rate {rate:g}, seed {seed}: {summary['failure']}")
+    return comparison.Result(method.name, seed, rate, summary)
+
+
+def _skip(bar: tqdm.tqdm, rounds: int) -> None:
+    """Moves the bar on without counting for the speed."""
+    if not bar.disable:
+        bar.initial += rounds
+        bar.update(rounds)
+
+
+def _numbers(name: str, texts: Sequence[str]) -> list[float]:
+    try:
+        numbers = [float(text) for text in texts]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise entry.UserError(
+            f"--{name} must be positive numbers with commas between, got {','.join(texts)!r}"
+        )
+    return numbers
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, text.encode())
+
+
+def _save_figure(path: Path, figure: Figure) -> None:
+    figure.savefig(temporary_path(path), format="png")
+    temporary_path(path).replace(path)
+
+
+if __name__ == "__main__":
+    entry.run(main, interrupted="stopped; the same command goes on from here")

@@ -1,0 +1,83 @@
+"""Learning rates that follow the rounds, and the optimiser of a run's flags."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+AUTHORS = "500:lr=0.8,P=2;1000:lr=0.5,P=4;2000:lr=0.3,P=8"
+
+
+class Change(NamedTuple):
+    """Factors relative to the start that hold from a round on."""
+
+    first_round: int
+    learning_rate: float = 1.0
+    smoothing: float = 1.0
+    num_perturbations: float = 1.0
+
+
+def parse_schedule(text: str) -> list[Change]:
+    """Returns the changes of a `--schedule`, the start included.
+
+    Raises:
+      ValueError: for text that is not a schedule.
+
+    >>> parse_schedule("500:lr=0.8,P=2")[1].num_perturbations
+    2.0
+    """
+    text = AUTHORS if text == "authors" else text
+    fields = {"lr": "learning_rate", "mu": "smoothing", "P": "num_perturbations"}
+    changes = [Change(0)]
+    for part in filter(None, text.split(";")):
+        try:
+            start, _, assignments = part.partition(":")
+            factors = {}
+            for assignment in assignments.split(","):
+                name, _, value = assignment.partition("=")
+                factors[fields[name.strip()]] = float(value)
+            changes.append(Change(int(start), **factors))
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"--schedule: can't read {part!r}; write 'ROUND:lr=F,mu=F,P=F' with factors "
+                "relative to the start, parts separated by ';'"
+            ) from None
+        in_order = changes[-2].first_round < changes[-1].first_round
+        if not in_order or not all(0 < factor < math.inf for factor in changes[-1][1:]):
+            raise ValueError(
+                "--schedule: factors must be positive and finite, and rounds increase from 1 on, "
+                f"got {part!r}"
+            )
+    return changes
+
+
+def make_optimizer(values: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Returns the optimiser of the flags, whose rate follows the schedule."""
+    changes = parse_schedule(values["schedule"])
+    by_round = piecewise(changes, "learning_rate", values["learning_rate"])
+
+    def by_step(count: Any) -> Any:
+        # The optimiser counts local steps, K a round.
+        return by_round(count // values["local_steps"])
+
+    rate: Any = by_step if len(changes) > 1 else jnp.asarray(values["learning_rate"])
+    decay = values["weight_decay"]
+    if values["optimizer"] == "adam":
+        return optax.adamw(rate, weight_decay=decay) if decay else optax.adam(rate)
+    sgd = optax.sgd(rate, momentum=values["momentum"] or None)
+    return optax.chain(optax.add_decayed_weights(decay), sgd) if decay else sgd
+
+
+def piecewise(changes: list[Change], field: str, start: float) -> optax.Schedule:
+    """Returns round -> start · factor."""
+    rounds = np.array([change.first_round for change in changes])
+    values = np.array([start * getattr(change, field) for change in changes])
+
+    def value(round_index: Any) -> Any:
+        at = jnp.sum(jnp.asarray(round_index) >= rounds) - 1
+        return jnp.asarray(values, jnp.result_type(float))[at]
+
+    return value

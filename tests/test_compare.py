@@ -1,0 +1,220 @@
+"""A comparison says what its runs say, goes on where it was stopped, and survives bad runs."""
+
+import csv
+import json
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from commands import Commands
+
+from experiments import compare, comparison
+from experiments.entry import UserError
+
+FIRST = [
+    *("algorithm", "seed", "learning_rate", "rounds_to_target", "bytes_up", "bytes_down"),
+    *("forward_passes", "backward_passes", "seconds", "best_accuracy"),
+]
+FLAGS = """
+--task=digits
+--local_steps=1
+--num_perturbations=4
+--estimator=projection
+--momentum=0
+--rounds=30
+--eval_every=5
+--method=decomfl
+--method=two-points --algorithm=decomfl --estimator=forward --num_perturbations=2 --rounds=20
+--learning_rate=0.05
+--grid=0.4,1,1e37
+--seeds=2
+--targets=0.2,0.6,0.99
+--noprogress
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(pytestconfig):
+    return pytestconfig.cache.mkdir("zofl_jax")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A comparison that nothing interrupted: its folder and how it ended."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "compare.flags").write_text(FLAGS)
+    ended = compared(Commands(folder, cache))
+    assert ended.code == 0, ended.err
+    return folder / "all", ended
+
+
+def compared(commands):
+    return commands.run("-m", "experiments.compare", "--flagfile=compare.flags", "--workdir=all")
+
+
+def table_of(workdir):
+    with open(workdir / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def summaries_of(workdir):
+    """Returns (method, learning rate, seed) -> summary."""
+    found = {}
+    for path in workdir.glob("*/*/summary.json"):
+        rate, seed = re.fullmatch(r"lr(.+)-seed(\d+)", path.parent.name).groups()
+        key = (path.parent.parent.name, float(rate), int(seed))
+        found[key] = json.loads(path.read_text())
+    return found
+
+
+def test_the_table_holds_what_the_runs_say(whole):
+    workdir, _ = whole
+    table, summaries = table_of(workdir), summaries_of(workdir)
+    assert list(table[0])[: len(FIRST)] == FIRST
+    # Three rates with the first seed, one of them with the second; three targets.
+    assert len(summaries) == 2 * 4 and len(table) == 3 * len(summaries)
+    reached = set()
+    for row in table:
+        key = (row["algorithm"], float(row["learning_rate"]), int(row["seed"]))
+        summary, target = summaries[key], float(row["target"])
+        rows = zip(summary["history"], summary["history_seconds"], strict=True)
+        found = [(r, s) for r, s in rows if r["test_accuracy"] >= target]
+        if not found or "diverged_round" in summary:
+            assert {row[name] for name in FIRST[3:9]} == {""}
+        else:
+            first, seconds = found[0]
+            reached.add((row["algorithm"], target))
+            assert float(row["seconds"]) == seconds
+            assert int(row["rounds_to_target"]) == first["round"]
+            for name in ("bytes_up", "bytes_down", "forward_passes", "backward_passes"):
+                assert int(row[name]) == first[name]
+        if summary["best_test_accuracy"] is not None:
+            assert float(row["best_accuracy"]) == summary["best_test_accuracy"]
+    assert {("decomfl", 0.2), ("two-points", 0.2)} <= reached
+    assert ("decomfl", 0.99) not in reached
+
+
+def test_passes_are_counted_by_method(whole):
+    summaries = summaries_of(whole[0])
+    ended = summaries["decomfl", 0.02, 0], summaries["two-points", 0.02, 0]
+    # 5 clients: a value and a gradient in each of 30 rounds, three values in each of 20.
+    assert [(s["forward_passes"], s["backward_passes"]) for s in ended] == [(150, 150), (300, 0)]
+
+
+def test_the_best_rate_of_the_first_seed_is_taken_to_the_others(whole):
+    table, summaries = table_of(whole[0]), summaries_of(whole[0])
+    for method in ("decomfl", "two-points"):
+        first = {
+            rate: summary["best_test_accuracy"]
+            for (name, rate, seed), summary in summaries.items()
+            if (name, seed) == (method, 0) and "diverged_round" not in summary
+        }
+        best = max(first, key=first.get)
+        chosen = {float(row["learning_rate"]) for row in table if row["chosen"] == "1"}
+        assert best in chosen
+        others = [rate for name, rate, seed in summaries if (name, seed) == (method, 1)]
+        assert others == [best]
+
+
+def test_a_run_that_diverges_is_told_and_reaches_nothing(whole):
+    workdir, ended = whole
+    bad = [key for key, summary in summaries_of(workdir).items() if "diverged_round" in summary]
+    assert {rate for _, rate, _ in bad} == {5e35}
+    assert re.search(r"note: decomfl, learning rate 5e\+35, seed 0: .*diverged", ended.err)
+    assert re.search(r"- decomfl diverged at the learning rate 5e\+35 \(seed 0", ended.out)
+
+
+def test_the_table_for_people_and_the_figures(whole):
+    workdir, ended = whole
+    text = (workdir / "table.md").read_text()
+    assert text in ended.out
+    line = next(line for line in text.splitlines() if line.startswith("| two-points"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    own = [
+        row
+        for row in table_of(workdir)
+        if (row["algorithm"], row["target"], row["chosen"]) == ("two-points", "0.2", "1")
+    ]
+    accuracies = [float(row["best_accuracy"]) for row in own]
+    mean, deviation = np.mean(accuracies), np.std(accuracies, ddof=1)
+    assert len(own) == 2 and cells[2] == f"{mean:.3f} ± {deviation:.3f}"
+    unreachable = text[text.index("99 %") :]
+    assert unreachable.count("| – | – | – | – | – | – |") == 2
+    for name in ("rounds", "bytes", "forward_passes", "seconds"):
+        assert (workdir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stopped_comparison_goes_on(whole, tmp_path, cache):
+    commands = Commands(tmp_path, cache)
+    (tmp_path / "compare.flags").write_text(FLAGS)
+    process = commands.start(
+        "-m", "experiments.compare", "--flagfile=compare.flags", "--workdir=all"
+    )
+    workdir = tmp_path / "all"
+    while process.poll() is None and len(list(workdir.glob("*/*/summary.json"))) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    done = {path: path.stat().st_mtime_ns for path in workdir.glob("*/*/summary.json")}
+    assert 2 <= len(done) < 8 and not (workdir / "rounds.png").exists()
+
+    ended = compared(commands)
+    assert ended.code == 0, ended.err
+    assert all(path.stat().st_mtime_ns == before for path, before in done.items())
+    tables = [table_of(workdir), table_of(whole[0])]
+    for row in (row for table in tables for row in table):
+        del row["seconds"], row["memory_bytes"]
+    assert tables[0] == tables[1]
+
+
+def parsed(*lines):
+    with flagsaver.flagsaver():
+        compare.FLAGS(["compare"])
+        return compare.parse_methods(lines)
+
+
+def test_methods_have_flags_of_their_own_and_share_the_rest():
+    plain, few = parsed("decomfl", "few --algorithm=decomfl --num_perturbations=3 --momentum=0.5")
+    assert (plain.name, few.name) == ("decomfl", "few")
+    changed = {name for name in plain.values if plain.values[name] != few.values[name]}
+    assert changed == {"num_perturbations", "momentum"}
+    assert (few.values["num_perturbations"], few.values["momentum"]) == (3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "no method to compare: give --method=NAME"),
+        (["nonsense"], "'nonsense': .*should be one of"),
+        (["decomfl --num_perturbation=3"], "Unknown command line flag 'num_perturbation'"),
+        (["decomfl --num_perturbations=0"], "0 is not a positive integer"),
+        (["decomfl --seed=1"], "--seed is no flag of a single method"),
+        (["decomfl --workdir=a"], "--workdir is no flag of a single method"),
+        (["decomfl 3"], "3 is no flag of a single method"),
+        (["decomfl '"], "can't be read: No closing quotation"),
+        (["decomfl", "decomfl --momentum=0"], "two methods are named 'decomfl'"),
+        (["decomfl --smoothing=0"], "--smoothing must be positive"),
+        (["decomfl", "b --algorithm=decomfl --model=mlp"], "all methods share"),
+    ],
+)
+def test_methods_that_are_wrong(lines, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        parsed(*lines)
+
+
+def result(rate, accuracies, diverged=False):
+    history = [{"round": i, "test_accuracy": a} for i, a in enumerate(accuracies)]
+    summary = {"history": history, "best_test_accuracy": max(accuracies, default=None)}
+    return comparison.Result("m", 0, rate, summary | ({"diverged_round": 3} if diverged else {}))
+
+
+def test_the_best_rate_is_the_most_accurate_then_the_quickest_that_did_not_diverge():
+    slow, quick = result(0.1, [0.1, 0.5, 0.8]), result(0.2, [0.1, 0.8, 0.3])
+    assert comparison.best_rate([slow, quick]) == 0.2
+    assert comparison.best_rate([slow, result(0.3, [0.9], diverged=True)]) == 0.1
+    assert comparison.best_rate([result(0.4, [], diverged=True), slow]) == 0.1
+    with pytest.raises(ValueError, match="no results"):
+        comparison.best_rate([])

@@ -1,0 +1,348 @@
+"""Rounds in which clients are absent, late or malicious: what is lost is theirs alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_rounds import counting
+from tiny_simulations import COHORT, advance, assert_same_bits, copy, joined, start
+from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, softmax_task
+
+from zofl_jax import (
+    aggregation,
+    attacks,
+    estimators,
+    participation,
+    perturbations,
+    recording,
+    simulation,
+)
+from zofl_jax.algorithms import decomfl
+from zofl_jax.participation import Attendance
+from zofl_jax.rounds import Conditions
+from zofl_jax.runs import open_run
+from zofl_jax.staleness import with_late_uploads
+
+POPULATION = len(CLIENT_SIZES)
+ROUNDS = 8
+EVERYONE = participation.everyone(POPULATION, COHORT)
+BOTH = [1, 5]
+TWO = jnp.isin(jnp.arange(POPULATION), jnp.array(BOTH))  # who is malicious, or absent
+
+
+def algorithm(task, local_steps=2, aggregate=aggregation.mean, optimizer=None):
+    estimator = estimators.forward_difference(3, 1e-2, perturbations.rademacher())
+    optimizer = optimizer or optax.sgd(0.05, momentum=0.9)
+    return decomfl(task.loss, estimator, optimizer, local_steps=local_steps, aggregate=aggregate)
+
+
+def make(conditions, task=None, method=None, **options):
+    task = task or softmax_task()
+    options = {"clients_per_round": COHORT, "batch_size": BATCH_SIZE, **options}
+    method = method or algorithm(task)
+    return simulation.make_simulator(method, task, conditions=conditions, **options)
+
+
+def without(absent, attend=EVERYONE):
+    """The participation in which uploads of some clients are lost."""
+
+    def lossy(root, round_index):
+        found = attend(root, round_index)
+        kept = found.uploaded & ~absent[found.cohort]
+        return Attendance(found.cohort, found.there, kept, found.in_time & kept)
+
+    return lossy
+
+
+def tampered(**what):
+    return Conditions(adversary=attacks.Adversary(TWO, **what))
+
+
+# Bad messages.
+
+
+BAD = jnp.array([jnp.nan, jnp.inf, -1e4])  # one for each place in the cohort
+
+
+def bad_numbers(key, uploads, malicious, present):
+    bad = (malicious & present)[:, None, None]
+    return jnp.where(bad, uploads.at[:, 0, :2].set(BAD[:, None]), uploads)
+
+
+def test_a_bad_message_loses_nothing_but_its_sender(quick_compile):
+    """The run has the bits of the run in which the sender's uploads never arrived."""
+    simulator = make(tampered(attack=bad_numbers)._replace(max_message=1e3))
+    state, (trace,) = advance(simulator, start(simulator), [ROUNDS])
+    healthy = make(Conditions(attend=without(TWO)))
+    expected, (other,) = advance(healthy, start(healthy), [ROUNDS])
+    assert_same_bits(state, expected)
+    np.testing.assert_array_equal(trace.broadcasts, other.broadcasts)
+    np.testing.assert_array_equal(trace.losses, other.losses)
+    present = np.isin(trace.cohorts, BOTH)
+    assert present.any(axis=0).all(), "each kind of bad number is sent"
+    assert trace.rejected.tolist() == present.sum(axis=1).tolist()
+    assert not np.any(other.rejected)
+    assert trace.failed_loss is None
+
+
+def test_without_anything_wrong_every_bit_is_that_of_a_plain_run(quick_compile):
+    everything = Conditions(EVERYONE, attacks.Adversary(jnp.zeros(POPULATION, bool)), 1e6)
+    plain, conditioned = make(Conditions()), make(everything)
+    expected, _ = advance(plain, start(plain), [ROUNDS])
+    state, _ = advance(conditioned, start(conditioned), [ROUNDS])
+    assert_same_bits(state, expected)
+
+
+def test_a_round_of_bad_messages_alone_has_diverged(quick_compile):
+    everybody = attacks.Adversary(jnp.ones(POPULATION, bool), attacks.constant(np.nan))
+    simulator = make(Conditions(adversary=everybody))
+    with pytest.raises(simulation.Diverged, match="round 0 diverged") as failure:
+        simulation.run(simulator, rounds=3)
+    assert_same_bits(failure.value.progress.state, start(simulator))
+
+
+def test_a_round_without_uploads_is_a_round_of_zeros(quick_compile):
+    """The momentum of the rounds before goes on; the loss is that of the work in vain."""
+    nobody = jnp.ones(POPULATION, bool)
+
+    def attend(root, r):
+        return jax.tree.map(
+            lambda lost, kept: jnp.where(r == 2, lost, kept),
+            without(nobody)(root, r),
+            EVERYONE(root, r),
+        )
+
+    simulator = make(Conditions(attend=attend))
+    state, traces = advance(simulator, start(simulator), [4])
+    trace = joined(traces)
+    assert not np.any(trace.broadcasts[2])
+    assert np.all(trace.broadcasts[[0, 1, 3]] != 0)
+    assert np.all(np.isfinite(trace.losses))
+    assert int(state.round) == 4
+    replayed = simulator.replay(start(simulator), trace.seeds, trace.broadcasts)
+    assert_same_bits(copy(replayed), state)
+
+
+def test_only_clients_that_counted_remember(quick_compile):
+    """Absent and rejected ones alike have their memory as it was."""
+    for conditions in (
+        Conditions(attend=without(TWO)),
+        tampered(attack=attacks.constant(np.nan)),
+    ):
+        simulator = make(conditions, method=counting())
+        progress = simulator.start(jnp.zeros(()))
+        _, memory, trace = simulator.advance(progress.state, progress.memory, ROUNDS)
+        times = [int(np.sum(trace.cohorts == c)) for c in range(POPULATION)]
+        assert memory.rounds.tolist() == [
+            0 if client in BOTH else count for client, count in enumerate(times)
+        ]
+        assert sum(times[client] for client in BOTH) > 0
+
+
+def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path, quick_compile):
+    conditions = tampered(attack=attacks.constant(np.nan))
+    options = {"epsilon": lambda book: 0.5 * book.num_rounds}
+    simulator = make(conditions, **options)
+    with open_run(tmp_path / "run", {}) as run:
+        progress, _ = recording.restore(run, simulator)
+        whole = simulation.run(
+            simulator,
+            rounds=ROUNDS,
+            eval_every=4,
+            progress=progress,
+            on_rounds=functools.partial(recording.write_rounds, run),
+            on_record=functools.partial(recording.write_record, run),
+        )
+        restored, _ = recording.restore(run, simulator)
+    cohorts = simulator.cohorts(np.arange(ROUNDS))
+    counts = [int(np.isin(cohorts[:n], BOTH).sum()) for n in (4, ROUNDS)]
+    assert [record.rejected for record in whole.history] == counts
+    assert [record.row()["epsilon"] for record in whole.history] == [2.0, 4.0]
+    assert restored.history == whole.history
+    assert restored.ledger.totals == whole.ledger.totals
+    assert restored.ledger.rejected == whole.ledger.rejected == counts[-1]
+    assert restored.ledger.contributors == whole.ledger.contributors
+    assert_same_bits(restored.state, whole.state)
+
+
+# Attacks.
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_attacks_and_rules_are_for_scalars_and_for_models(quick_compile, dense):
+    """A round's broadcast is the rule on the attacked uploads, in whatever tree they are."""
+    task = softmax_task()
+    rule = aggregation.krum(0)
+    method = algorithm(task, 1, rule)
+    if dense:
+        method = method._replace(
+            client=lambda key, state, memory, batches, own_key: (
+                algorithm(task, 1)
+                .client(key, state, memory, batches, own_key)
+                ._replace(upload=jax.grad(task.loss)(state.params, batches_at(batches)))
+            ),
+            server=lambda key, state, broadcast: state._replace(
+                params=jax.tree.map(lambda x, g: x - 0.1 * g, state.params, broadcast),
+                round=state.round + 1,
+            ),
+        )
+    seen = {}
+
+    def spy(key, uploads, malicious, present):
+        sent = attacks.inner_product(3.0)(key, uploads, malicious, present)
+        jax.debug.callback(lambda **kw: seen.update(kw), before=uploads, sent=sent)
+        return sent
+
+    simulator = make(tampered(attack=spy), task, method)
+    _, (trace,) = advance(simulator, start(simulator), [1])
+    jax.effects_barrier()
+    malicious = np.isin(trace.cohorts[0], BOTH)
+    expected = attacks.inner_product(3.0)(None, seen["before"], malicious, np.ones(COHORT, bool))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(seen["sent"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    broadcast = rule(jax.tree.map(jnp.asarray, seen["sent"]), jnp.ones(COHORT))
+    for a, b in zip(jax.tree.leaves(broadcast), jax.tree.leaves(trace.broadcasts), strict=True):
+        np.testing.assert_allclose(a, b[0], rtol=1e-5)
+
+
+def batches_at(batches):
+    return jax.tree.map(lambda b: b[0], batches)
+
+
+def test_flipped_labels_are_those_of_a_client_that_holds_them(quick_compile):
+    task = softmax_task()
+    owners = np.repeat(np.arange(POPULATION), CLIENT_SIZES)
+    labels = np.array(task.train.examples["label"])
+    mine = np.asarray(task.train.order)[np.isin(owners, BOTH)]
+    labels[mine] = 2 - labels[mine]
+    examples = {**task.train.examples, "label": jnp.asarray(labels)}
+    liar = task._replace(train=task.train._replace(examples=examples))
+    honest = make(Conditions(), liar)
+    expected, _ = advance(honest, start(honest), [ROUNDS])
+    simulator = make(tampered(data_attack=attacks.label_flip(3)))
+    state, _ = advance(simulator, start(simulator), [ROUNDS])
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+# Participation.
+
+
+def test_the_ledger_counts_what_was_sent(quick_compile):
+    """Those not there neither send nor receive; a lost upload isn't sent, a late one is."""
+    trace = np.ones((3, POPULATION), bool)
+    trace[1, :4] = False
+    attend = participation.partial(
+        POPULATION, COHORT, dropout=0.3, deadline=1.0, availability=trace
+    )
+    simulator = make(Conditions(attend=attend))
+    progress = simulation.run(simulator, rounds=30)
+    found = simulator.attendance(np.arange(30))
+    assert found.there.sum() > found.uploaded.sum() > found.in_time.sum() > 0
+    totals, sizes = progress.ledger.totals, simulator.sizes[0]
+    assert totals.upload == found.uploaded.sum() * sizes.upload
+    assert totals.seed == found.there.sum() * sizes.seed
+    assert totals.broadcast == found.there.sum() * sizes.broadcast
+    seen = np.unique(found.cohort[found.there])
+    assert totals.first_sync == len(seen) * sizes.params
+    counts = found.in_time.sum(axis=1)
+    assert progress.ledger.contributors == {
+        int(n): int(np.sum(counts == n)) for n in np.unique(counts)
+    }
+    times = [int(np.sum(found.cohort[found.there] == c)) for c in range(POPULATION)]
+    assert progress.ledger.times.tolist() == times
+
+
+def late_setup(local_steps=1, optimizer=None):
+    task = softmax_task()
+    attend = participation.partial(POPULATION, COHORT, deadline=1.0, spread=1.0)
+    method = algorithm(task, local_steps, optimizer=optimizer or optax.sgd(0.05))
+    delayed = with_late_uploads(method, 0.5)
+    return method, make(Conditions(attend=attend, late_uploads=True), task, delayed)
+
+
+def test_late_uploads_move_the_model_along_their_own_directions(quick_compile):
+    """x − lr · the mean of all uploads' directions, in which a late one weighs a half."""
+    method, simulator = late_setup()
+    task, root = simulator.task, simulator.root
+    progress = simulator.start(None)
+    state, memory = progress.state, progress.memory
+    estimator = estimators.forward_difference(3, 1e-2, perturbations.rademacher())
+    late_directions, seen = [], set()
+    for r in range(5):
+        before = copy(state)
+        inner = before._replace(opt_state=method.init(before.params).opt_state)
+        state, memory, trace = simulator.advance(state, memory, 1)
+        key = jax.random.wrap_key_data(jnp.asarray(trace.seeds[0]))
+        fresh, late = [], []
+        for client, in_time in zip(
+            trace.cohorts[0].tolist(), trace.attendance.in_time[0], strict=True
+        ):
+            batches = one_batch(simulator, r, client)
+            upload = method.client(key, inner, (), batches, key).upload[0]
+            step_key = jax.random.fold_in(key, 0)
+            direction = estimator.expand(step_key, inner.params, upload)
+            (fresh if in_time else late).append(direction)
+        parts = [(1.0, d) for d in fresh] + [(0.5, d) for d in late_directions]
+        seen.add((bool(fresh), bool(late_directions)))
+        total = sum(w for w, _ in parts)
+        expected = before.params
+        for weight, direction in parts:
+            expected = jax.tree.map(
+                lambda x, z, share=weight / total: x - 0.05 * share * z, expected, direction
+            )
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
+        late_directions = late
+    assert (True, True) in seen
+    assert root is simulator.root
+    assert task is simulator.task
+
+
+def one_batch(simulator, r, client):
+    from zofl_jax import keys
+    from zofl_jax.data import batches
+
+    key = keys.batch_key(simulator.root.batches, r, client)
+    return batches.sample(key, simulator.task.train, client, BATCH_SIZE, 1)
+
+
+def test_late_uploads_replay_and_resume_to_the_same_bits(tmp_path, quick_compile):
+    _, simulator = late_setup(2, optax.sgd(0.05, momentum=0.9))
+    with open_run(tmp_path / "run", {}) as run:
+        progress, _ = recording.restore(run, simulator)
+        whole = simulation.run(
+            simulator,
+            rounds=ROUNDS,
+            progress=progress,
+            on_rounds=functools.partial(recording.write_rounds, run),
+        )
+        final = copy(whole.state)
+        rebuilt, same = recording.rebuild(run, simulator, ROUNDS)
+        assert same
+        assert_same_bits(copy(rebuilt), final)
+        # What was late is in no log, so a resume runs the rounds again.
+        restored, notice = recording.restore(run, simulator)
+        assert "run again" in notice
+        again = simulation.run(simulator, rounds=ROUNDS, progress=restored)
+    assert_same_bits(copy(again.state), final)
+    assert simulator.sizes[0].broadcast == 2 * simulator.sizes[0].upload
+
+
+def test_what_late_uploads_need_is_said():
+    task = softmax_task()
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\], got 0"):
+        with_late_uploads(algorithm(task), 0)
+    from zofl_jax.core import Phase
+
+    def phase(first, count):
+        return Phase(
+            first,
+            decomfl(task.loss, estimators.forward_difference(count, 1e-2), optax.sgd(0.1)),
+        )
+
+    with pytest.raises(ValueError, match="late uploads can't be used where phases differ"):
+        make(Conditions(late_uploads=True), task, [phase(0, 1), phase(3, 2)])

@@ -1,0 +1,136 @@
+"""`--algorithm` and its flags: what they build, and where they are refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from tiny_tasks import softmax_task
+
+from experiments import config, methods
+from experiments.entry import UserError
+from zofl_jax import keys, ledger
+
+SCALARS = {"decomfl", "hiso", "mezo", "feedsign", "fedkseed", "fedkseed_pro"}
+
+
+def resolve(*arguments):
+    with flagsaver.flagsaver():
+        config.FLAGS(["train", *arguments])
+        return config.resolve()
+
+
+def shapes(*arguments):
+    """Returns the shapes of the messages of the first phase, on 18 params."""
+    task, root = softmax_task(), keys.root(0)
+    algorithm = methods.build_phases(resolve(*arguments), task)[0].algorithm
+    params = jax.eval_shape(task.init, root.init)
+    batches = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((algorithm.local_steps, 4, *x.shape[1:]), x.dtype),
+        task.train.examples,
+    )
+    return algorithm, ledger.message_shapes(algorithm, root.shared, params, batches, cohort=3)
+
+
+@pytest.mark.parametrize("name", methods.ALGORITHMS)
+def test_every_algorithm_is_built_from_its_name(name):
+    algorithm, messages = shapes(f"--algorithm={name}")
+    sent = ledger.tree_bytes(messages.upload)
+    if name in SCALARS:
+        assert sent == {
+            "decomfl": 4 * 20 * 4,
+            "hiso": 4 * 20 * 4,
+            "mezo": 4,
+            "feedsign": 1,
+        }.get(name, 200 * (2 + 4))
+    else:
+        assert sent == (2 if name == "scaffold" else 1) * 18 * 4
+    assert algorithm.local_steps == methods.FIXED.get(name, {}).get(
+        "local_steps", methods.DEFAULTS.get(name, {}).get("local_steps", 4)
+    )
+    assert (messages.sync is None) == (name in SCALARS - {"fedkseed", "fedkseed_pro"})
+
+
+def test_every_algorithm_has_a_builder():
+    assert set(methods.BUILDERS) == set(methods.ALGORITHMS)
+    assert set(methods.DEFAULTS) | set(methods.FIXED) <= set(methods.ALGORITHMS)
+    assert set(methods.READ_BY) <= set(methods.NAMES)
+
+
+@pytest.mark.parametrize(
+    ("codec", "expected"),
+    [
+        ("float16", 36),
+        ("bfloat16", 36),
+        ("int8", 18 + 4),
+        ("int4", 9 + 4),
+        ("qsgd", 9 + 4),
+        ("top_k", 2 * (4 + 2)),
+        ("sign", 3 + 4),
+    ],
+)
+def test_compressed_uploads_are_counted_as_they_are_sent(codec, expected):
+    """18 numbers: codes are packed, scales and indices are counted."""
+    fraction = ["--top_k_fraction=0.1"] if codec == "top_k" else []
+    _, messages = shapes("--algorithm=fedavg", f"--compression={codec}", *fraction)
+    assert ledger.tree_bytes(messages.upload) == expected
+
+
+@pytest.mark.parametrize("mask", ["random", "magnitude", "sensitivity"])
+def test_masks_confine_the_step_to_their_share(mask):
+    task = softmax_task()
+    values = resolve(f"--mask={mask}", "--mask_density=0.4", "--local_steps=1")
+    algorithm = methods.build_phases(values, task)[0].algorithm
+    state = algorithm.init(task.init(keys.root(0).init))
+    after = jax.jit(algorithm.server)(keys.root(0).shared, state, jnp.ones((1, 20)))
+    moved = [
+        np.asarray(a != b)
+        for a, b in zip(*(s.params.values() for s in (after, state)), strict=True)
+    ]
+    total = sum(int(x.sum()) for x in moved)
+    # Of the leaves of 15 and 3 params, 6 and 1; at random about 7 of 18.
+    assert total == 7 if mask != "random" else 1 <= total <= 14
+
+
+def test_defaults_follow_the_algorithm_unless_they_are_given():
+    assert resolve("--algorithm=feedsign")["num_perturbations"] == 1
+    assert resolve("--algorithm=feedsign", "--num_perturbations=8")["num_perturbations"] == 8
+    assert resolve("--algorithm=fedavg")["momentum"] == 0
+    assert resolve("--algorithm=fedavg", "--momentum=0.5")["momentum"] == 0.5
+    assert resolve()["momentum"] == 0.9
+    assert resolve("--algorithm=mezo")["num_clients"] == 1
+    assert resolve("--algorithm=fedadagrad")["server_learning_rate"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--algorithm=fedavg", "--hiso_nu=0.1"],
+            "--hiso_nu has no effect with --algorithm=fedavg",
+        ),
+        (["--proximal=0.1"], "choose fedprox"),
+        (["--algorithm=fedavg", "--mask=random"], "--mask has no effect"),
+        (["--algorithm=fedavg", "--schedule=5:lr=0.5"], "--schedule has no effect"),
+        (["--algorithm=feedsign", "--compression=int8"], "--compression has no effect"),
+        (["--algorithm=feedsign", "--local_steps=2"], "where it is always 1: leave it out"),
+        (["--algorithm=fedkseed", "--num_perturbations=2"], "always 1"),
+        (["--algorithm=scaffold", "--optimizer=adam"], "always sgd"),
+        (["--algorithm=mezo", "--num_clients=2"], "--num_clients=2: mezo has all data in one"),
+        (["--top_k_fraction=0.1"], "--top_k_fraction has no effect with --compression=none"),
+        (["--mask_density=0.1"], "--mask_density has no effect"),
+        (["--algorithm=fedadam", "--server_learning_rate=0"], "must be positive, got 0"),
+        (["--algorithm=fedavg", "--task=rte", "--objective=accuracy"], "has no useful gradient"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        resolve(*arguments)
+
+
+def test_values_out_of_range_are_refused_by_the_library():
+    for flag in ("hiso_nu=1", "hiso_epsilon=0"):
+        with pytest.raises(ValueError, match=flag.partition("=")[0].removeprefix("hiso_")):
+            shapes("--algorithm=hiso", f"--{flag}")
+    with pytest.raises(ValueError, match="density must be"):
+        shapes("--mask=random", "--mask_density=2")

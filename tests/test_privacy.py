@@ -1,0 +1,280 @@
+"""Clipping, noise, their ε, and sums of integers that are the mean."""
+
+import builtins
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_tasks import softmax_task
+
+from zofl_jax import aggregation, estimators, keys, perturbations, privacy
+from zofl_jax.algorithms import decomfl
+from zofl_jax.core import Algorithm, ClientResult, ServerState
+
+KEY = keys.round_key(keys.root(2).shared, 0)
+CLIENTS = 4000
+
+
+def sending(upload) -> Algorithm:
+    """An algorithm whose clients send what they are given as batches."""
+
+    def client(key, state, memory, batches, own_key):
+        return ClientResult(batches, memory, {"loss": jnp.zeros(())})
+
+    def server(key, state, broadcast):
+        return state
+
+    return Algorithm(
+        lambda params: ServerState(params, (), jnp.zeros((), jnp.int32)),
+        client,
+        aggregation.mean,
+        server,
+        1,
+    )
+
+
+def sent(algorithm: Algorithm, uploads):
+    """Returns what clients with these uploads send, each with a key of its own."""
+    own_keys = jax.random.split(jax.random.key(5), len(jax.tree.leaves(uploads)[0]))
+    state = algorithm.init(jnp.zeros(()))
+    one = jax.vmap(lambda u, key: algorithm.client(KEY, state, (), u, key).upload)
+    return jax.jit(one)(uploads, own_keys)
+
+
+# Clients.
+
+
+def test_uploads_are_clipped_over_all_their_leaves():
+    uploads = {"a": jnp.array([[3.0, 0.0], [0.3, 0.0]]), "b": jnp.array([4.0, 0.4])}
+    clipped = sent(privacy.client_level(sending(uploads), 1.0, 0.0, 2), uploads)
+    np.testing.assert_allclose(clipped["a"], [[0.6, 0], [0.3, 0]], rtol=1e-6)
+    np.testing.assert_allclose(clipped["b"], [0.8, 0.4], rtol=1e-6)
+
+
+def test_the_noise_of_all_clients_together_is_that_of_the_sum():
+    """Mean 0 and variance (σC)² / M each, and no two alike, by 5 standard errors."""
+    uploads = jnp.full((CLIENTS, 2, 3), 0.01)
+    noisy = sent(privacy.client_level(sending(uploads), 0.5, 3.0, 25), uploads)
+    noise = np.asarray(noisy) - 0.01
+    variance = (3.0 * 0.5) ** 2 / 25
+    assert abs(noise.mean()) < 5 * (variance / noise.size) ** 0.5
+    assert abs(noise.var() / variance - 1) < 5 * (2 / noise.size) ** 0.5
+    sums = noise.reshape(-1, 25, 6).sum(axis=1)  # of cohorts of 25
+    assert abs(sums.var() / (3.0 * 0.5) ** 2 - 1) < 5 * (2 / sums.size) ** 0.5
+    correlation = np.corrcoef(noise.reshape(CLIENTS, 6).T)[np.triu_indices(6, 1)]
+    assert np.all(np.abs(correlation) < 5 / CLIENTS**0.5)
+
+
+# Examples.
+
+
+def private_decomfl(clip, multiplier, local_steps=1, count=3, rate=0.1):
+    task = softmax_task()
+    estimator = estimators.forward_difference(count, 1e-3, perturbations.rademacher())
+
+    def make(private):
+        return decomfl(task.loss, private(estimator), optax.sgd(rate), local_steps=local_steps)
+
+    return task, estimator, privacy.example_level(make, clip, multiplier, 4)
+
+
+def batches_of(task, local_steps):
+    take = np.arange(4 * local_steps)
+    return jax.tree.map(
+        lambda x: jnp.asarray(x[take]).reshape(local_steps, 4, *x.shape[1:]), task.test
+    )
+
+
+def test_each_example_is_clipped_alone(quick_compile):
+    """Against finite differences of single examples, in a loop."""
+    task, estimator, algorithm = private_decomfl(0.8, 0.0)
+    state, batches = algorithm.init(task.init(KEY)), batches_of(task, 1)
+    upload = jax.jit(algorithm.client)(KEY, state, (), batches, KEY).upload[0]
+    rows, clipped = [], 0
+    for i in range(4):
+        one = jax.tree.map(lambda x, i=i: x[0, i : i + 1], batches)
+        step = keys.step_key(KEY, 0)
+        g = np.asarray(estimator.measure(task.loss, step, 0, state.params, one).scalars)
+        clipped += np.linalg.norm(g) > 0.8
+        rows.append(g * min(1, 0.8 / np.linalg.norm(g)))
+    assert clipped > 0
+    np.testing.assert_allclose(upload, np.mean(rows, axis=0), rtol=1e-2, atol=1e-3)
+
+
+def test_wide_bounds_and_no_noise_leave_the_method_as_it_is(quick_compile):
+    """Over local steps: a mean of examples' differences is the difference of the mean."""
+    task, estimator, algorithm = private_decomfl(1e6, 0.0, local_steps=3)
+    plain = decomfl(task.loss, estimator, optax.sgd(0.1), local_steps=3)
+    state, batches = plain.init(task.init(KEY)), batches_of(task, 3)
+    expected = jax.jit(plain.client)(KEY, state, (), batches, KEY)
+    actual = jax.jit(algorithm.client)(KEY, state, (), batches, KEY)
+    np.testing.assert_allclose(actual.upload, expected.upload, atol=5e-3)
+    np.testing.assert_allclose(actual.stats["loss"], expected.stats["loss"], rtol=1e-4)
+
+
+def test_the_noise_of_a_step_is_the_client_s_own(quick_compile):
+    """Variance (σC/B)², between steps and clients independent."""
+    task, _, algorithm = private_decomfl(0.5, 2.0, local_steps=2, rate=1e-9)
+    silent = private_decomfl(0.5, 0.0, local_steps=2, rate=1e-9)[2]
+    state, batches = algorithm.init(task.init(KEY)), batches_of(task, 2)
+    own_keys = jax.random.split(jax.random.key(7), CLIENTS)
+
+    @jax.jit
+    def uploads(own_keys):
+        return jax.vmap(lambda own: algorithm.client(KEY, state, (), batches, own).upload)(own_keys)
+
+    mean = np.asarray(jax.jit(silent.client)(KEY, state, (), batches, KEY).upload)
+    noise = (np.asarray(uploads(own_keys)) - mean).reshape(CLIENTS, 6)
+    variance = (2.0 * 0.5 / 4) ** 2
+    assert np.all(np.abs(noise.mean(axis=0)) < 5 * (variance / CLIENTS) ** 0.5 + 1e-3)
+    assert abs(noise.var() / variance - 1) < 5 * (2 / noise.size) ** 0.5
+    correlation = np.corrcoef(noise.T)[np.triu_indices(6, 1)]
+    assert np.all(np.abs(correlation) < 5 / CLIENTS**0.5)
+
+
+def test_a_client_goes_on_with_its_noisy_scalars(quick_compile):
+    """What it measures at its second step is at the model that its first message leads to."""
+    task, estimator, algorithm = private_decomfl(0.5, 20.0, local_steps=2)
+    state, batches = algorithm.init(task.init(KEY)), batches_of(task, 2)
+    upload = jax.jit(algorithm.client)(KEY, state, (), batches, jax.random.key(9)).upload
+    direction = estimator.expand(keys.step_key(KEY, 0), state.params, upload[0])
+    moved = jax.tree.map(lambda x, z: x - 0.1 * z, state.params, direction)
+    second = private_decomfl(0.5, 0.0)[2]
+    # The loss tells where it was.
+    result = jax.jit(algorithm.client)(KEY, state, (), batches, jax.random.key(9))
+    first, last = (
+        second.client(
+            keys.step_key(KEY, k), state._replace(params=x), (), batches_at(batches, k), KEY
+        ).stats["loss"]
+        for k, x in ((0, state.params), (1, moved))
+    )
+    np.testing.assert_allclose(result.stats["loss"], (first + last) / 2, rtol=1e-4)
+
+
+def batches_at(batches, k):
+    return jax.tree.map(lambda b: b[k : k + 1], batches)
+
+
+# Accounting.
+
+
+def reference(multiplier, sample, population, times, delta):
+    dp = pytest.importorskip("dp_accounting")
+    from dp_accounting.rdp import RdpAccountant
+
+    accountant = RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
+    event = dp.GaussianDpEvent(multiplier)
+    if sample < population:
+        event = dp.SampledWithoutReplacementDpEvent(population, sample, event)
+    return accountant.compose(event, times).get_epsilon(delta)
+
+
+def test_epsilon_is_the_library_s_own_figure():
+    """With half the multiplier: replacing a client moves the sum by twice the clipping norm."""
+    options = {"noise_multiplier": 3.0, "clients_per_round": 10, "delta": 1e-5}
+    actual = privacy.client_epsilon({10: 40}, num_clients=200, **options)
+    assert actual == reference(1.5, 10, 200, 40, 1e-5)
+    assert privacy.client_epsilon({10: 7}, num_clients=10, **options) == reference(
+        1.5, 10, 10, 7, 1e-5
+    )
+    actual = privacy.example_epsilon(
+        30, noise_multiplier=2.0, batch_size=8, num_examples=400, delta=1e-6
+    )
+    assert actual == reference(1.0, 8, 400, 30, 1e-6)
+
+
+def test_without_sampling_it_is_below_the_closed_form_of_zero_concentrated_privacy():
+    """ρ = T / 2σ², ε <= ρ + 2 √(ρ log 1/δ) (Bun and Steinke 2016), and not by much."""
+    rho = 20 / (2 * 5.0**2)
+    closed = rho + 2 * math.sqrt(rho * math.log(1e5))
+    actual = privacy.example_epsilon(
+        20, noise_multiplier=10.0, batch_size=8, num_examples=8, delta=1e-5
+    )
+    assert 0.8 * closed < actual <= closed
+
+
+def test_rounds_with_fewer_clients_spend_more():
+    options = {
+        "noise_multiplier": 3.0,
+        "clients_per_round": 10,
+        "num_clients": 200,
+        "delta": 1e-5,
+    }
+    full = privacy.client_epsilon({10: 20}, **options)
+    assert privacy.client_epsilon({10: 10, 4: 10}, **options) > full
+    assert privacy.client_epsilon({10: 20, 0: 5}, **options) == full
+    assert privacy.client_epsilon({10: 10}, **options) < full
+    assert privacy.client_epsilon({}, **options) == 0
+    assert privacy.client_epsilon({10: 1}, **options | {"noise_multiplier": 0.0}) == math.inf
+
+
+def test_what_accounting_needs_is_said(monkeypatch):
+    imported = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("dp_accounting"):
+            raise ImportError(name)
+        return imported(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'zofl-jax\[privacy\]'"):
+        privacy.example_epsilon(1, noise_multiplier=1.0, batch_size=1, num_examples=1, delta=0.1)
+
+
+# Sums of integers.
+
+
+def test_the_sum_of_integers_is_exact_and_the_mean_within_the_rounding():
+    random = np.random.default_rng(0)
+    uploads = {"a": jnp.asarray(random.uniform(-8, 8, (50, 2, 3)), jnp.float32)}
+    algorithm = privacy.fixed_point(sending(uploads), 20, 10.0, 50)
+    codes = sent(algorithm, uploads)
+    assert codes["a"].dtype == jnp.uint32
+    weights = jnp.asarray(random.integers(0, 2, 50), jnp.float32)
+    mean = np.asarray(jax.jit(algorithm.aggregate)(codes, weights)["a"])
+    here = np.asarray(weights) > 0
+    exact = np.round(np.asarray(uploads["a"], np.float64)[here] * 2**20).sum(axis=0)
+    np.testing.assert_allclose(mean, exact / 2**20 / here.sum(), rtol=3e-7)
+    true = np.asarray(uploads["a"], np.float64)[here].mean(axis=0)
+    assert np.all(np.abs(mean - true) <= 2**-21 + 3e-7 * np.abs(true))
+    # Masks that cancel mod 2³², as in a secure sum, change nothing.
+    masks = random.integers(0, 2**32, (50, 2, 3), dtype=np.uint32)
+    masks[here.nonzero()[0][0]] -= masks[here].sum(axis=0, dtype=np.uint32)
+    masked = {"a": codes["a"] + masks}
+    assert np.array_equal(jax.jit(algorithm.aggregate)(masked, weights)["a"], mean)
+
+
+def test_the_largest_numbers_that_fit_do_not_overflow():
+    largest, bits, clients = 2.0**10, 15, 63
+    uploads = jnp.full((clients, 1), -3 * largest)
+    algorithm = privacy.fixed_point(sending(uploads), bits, largest, clients)
+    mean = algorithm.aggregate(sent(algorithm, uploads), jnp.ones(clients))
+    assert mean.tolist() == [-largest]
+    with pytest.raises(ValueError, match=r"sum of 64 numbers up to 1024\.0 with 15 bits"):
+        privacy.fixed_point(sending(uploads), bits, largest, 64)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: privacy.client_level(sending(0), 0.0, 1.0, 5), "norm must be positive"),
+        (lambda: privacy.client_level(sending(0), 1.0, -1.0, 5), "must be >= 0 and finite, got -1"),
+        (lambda: privacy.client_level(sending(0), 1.0, 1.0, 0), "clients_per_round must be >= 1"),
+        (lambda: privacy.example_level(None, math.nan, 1.0, 5), "norm must be positive"),
+        (lambda: privacy.example_level(None, 1.0, 1.0, 0), "batch_size must be >= 1, got 0"),
+        (lambda: privacy.fixed_point(sending(0), -1, 1.0, 5), "must be >= 0, got -1"),
+        (lambda: privacy.fixed_point(sending(0), 1, 0.0, 5), "must be positive, got 0.0"),
+        (
+            lambda: privacy.client_epsilon(
+                {1: 1}, noise_multiplier=1.0, clients_per_round=1, num_clients=1, delta=1.0
+            ),
+            r"delta must be in \(0, 1\), got 1.0",
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
