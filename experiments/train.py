@@ -4,6 +4,9 @@
 
 The run directory (`--workdir`) holds the flags, the log, snapshots, `summary.json` and the
 figures. The same command again resumes a stopped run, to the same bits.
+
+With `--distributed` the same command runs on every host of a TPU pod or a GPU cluster, and
+process 0 alone does all that is not rounds; `experiments.launch_local` tries it on one machine.
 """
 
 import hashlib
@@ -21,8 +24,9 @@ import jax
 import tqdm
 from absl import flags
 
-from experiments import config, entry
+from experiments import config, distributed, entry
 from zofl_jax import ledger, plots, recording, simulation
+from zofl_jax.processes import Team
 from zofl_jax.runs import Run, RunError, open_run
 
 flags.DEFINE_string(
@@ -34,7 +38,7 @@ flags.DEFINE_integer(
     "devices",
     None,
     "Devices that the clients of a round are shared out over. Unless given, all accelerators; on a "
-    "CPU its cores for convolutional models, 1 for others.",
+    "CPU its cores for convolutional models, 1 for others. With --distributed, of each process.",
     lower_bound=1,
 )
 
@@ -49,9 +53,21 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """Runs the experiment that the flags describe."""
     values = config.resolve()
+    if FLAGS.distributed:
+        distributed.run(
+            {**values, "devices": FLAGS.devices},
+            lead=lambda team: _main(values, team),
+            simulator=lambda: config.build(values, FLAGS.devices).simulator,
+        )
+    else:
+        _main(values)
+
+
+def _main(values: config.Values, team: Team | None = None) -> None:
     workdir = Path(FLAGS.workdir or default_workdir(values))
     # A new run is built before its directory is made, so that a mistake leaves nothing.
-    experiment = None if workdir.exists() else config.build(values, FLAGS.devices)
+    build = team or not workdir.exists()
+    experiment = config.build(values, FLAGS.devices, team) if build else None
     with open_run(workdir, values, MAY_CHANGE) as run:
         _train(run, values, experiment)
 
