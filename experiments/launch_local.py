@@ -29,7 +29,7 @@ GRACE_SECONDS = 10.0
 
 def main(argv: Sequence[str]) -> None:
     """Starts the processes and waits for them."""
-    with _reserved_port() as port, contextlib.ExitStack() as stack:
+    with reserved_port() as port, contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(FLAGS.processes)]
         started = [
             stack.enter_context(_process(argv[1:], port, index, outputs[index]))
@@ -99,7 +99,7 @@ def _signal(started: Sequence[subprocess.Popen], number: int) -> None:
 
 
 @contextlib.contextmanager
-def _reserved_port() -> Iterator[int]:
+def reserved_port() -> Iterator[int]:
     """A port of the loopback that nobody else is given while the block lasts.
 
     The socket is bound and not listening: gRPC, which shares ports, can listen there, and
