@@ -20,7 +20,15 @@ from jax.sharding import Mesh
 
 from experiments import language, partitions
 from experiments.entry import UserError
-from zofl_jax import estimators, keys, perturbations, placement, recording, simulation
+from zofl_jax import (
+    estimators,
+    keys,
+    local_models,
+    perturbations,
+    placement,
+    recording,
+    simulation,
+)
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import LossFn, Phase, ServerState, Task
 from zofl_jax.data import partition, sources, tfds
@@ -34,11 +42,7 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, Any]
 
-PERTURBATIONS = {
-    "gaussian": perturbations.gaussian,
-    "rademacher": perturbations.rademacher,
-    "sphere": perturbations.sphere,
-}
+PERTURBATIONS = ("gaussian", "rademacher", "sphere", "low_rank")
 MODELS = {
     "softmax": mlp.Softmax,
     "mlp": mlp.MLP,
@@ -76,6 +80,7 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
     "perturbation", "gaussian", list(PERTURBATIONS), "Distribution of the directions."
 )
+flags.DEFINE_integer("rank", 1, "Rank of low_rank directions.", lower_bound=1)
 flags.DEFINE_integer("num_clients", 20, "Population.", lower_bound=1)
 flags.DEFINE_integer("clients_per_round", 5, "Cohort, sampled uniformly.", lower_bound=1)
 flags.DEFINE_integer("local_steps", 4, "K, local steps of a client in a round.", lower_bound=1)
@@ -120,6 +125,13 @@ flags.DEFINE_integer(
     "given.",
     lower_bound=0,
 )
+flags.DEFINE_integer(
+    "perturbations_at_once",
+    None,
+    "Perturbed models evaluated at once, 0 for as many as share their products: all of low_rank "
+    "directions, one of others. 0 unless given, 1 for convolutional models.",
+    lower_bound=0,
+)
 flags.DEFINE_integer("quadratic_dim", 1000, "Dimension of the quadratic.", lower_bound=1)
 flags.DEFINE_float("effective_rank", 10.0, "Effective rank of the quadratic.")
 flags.DEFINE_float(
@@ -143,11 +155,13 @@ class Experiment(NamedTuple):
     label_counts: np.ndarray | None  # [num_clients, num_classes]
     minimum: float | None  # the least test loss, where it is known
     language: "LanguageTask | None" = None  # of texts
+    notes: tuple[str, ...] = ()
 
     @property
     def notices(self) -> tuple[str, ...]:
         """Sentences for the user."""
-        return language.notices(self.language) if self.language else ()
+        own = language.notices(self.language) if self.language else ()
+        return (*self.notes, *own)
 
 
 class Change(NamedTuple):
@@ -211,8 +225,9 @@ def resolve() -> dict[str, Any]:
             f"--objective={values['objective']} has no useful gradient, which "
             f"--estimator={values['estimator']} needs: use forward or central"
         )
-    if values["clients_at_once"] is None:
-        values["clients_at_once"] = 1 if values["model"] in CONVOLUTIONAL else 0
+    for name in ("clients_at_once", "perturbations_at_once"):
+        if values[name] is None:
+            values[name] = 1 if values["model"] in CONVOLUTIONAL else 0
     if task in ("idx", "npz") and not values["data_dir"]:
         kind = "the folder with the IDX files" if task == "idx" else "the .npz file"
         raise ValueError(f"--task={task} needs --data_dir={kind}")
@@ -279,7 +294,20 @@ def build(values: Values, devices: int | None = None, team: Team | None = None) 
     )
     if team:
         simulator = team.lead(simulator)
-    return Experiment(task, simulator, label_counts, minimum, built_language)
+    notes = _notes(values, simulator)
+    return Experiment(task, simulator, label_counts, minimum, built_language, notes)
+
+
+def _notes(values: Values, simulator: simulation.Simulator) -> tuple[str, ...]:
+    if values["perturbation"] != "low_rank" or values["local_steps"] == 1:
+        return ()
+    params = jax.eval_shape(simulator.task.init, simulator.root.init)
+    if local_models.is_linear(_optimizer(values, parse_schedule(values["schedule"])), params):
+        return ()
+    return (
+        f"--optimizer={values['optimizer']} is not linear, so at --local_steps="
+        f"{values['local_steps']} every client has a copy of the params; sgd needs none",
+    )
 
 
 def rebuild(
@@ -321,19 +349,13 @@ def build_phases(values: Values, loss_fn: LossFn) -> list[Phase]:
     changes = parse_schedule(values["schedule"])
     optimizer = _optimizer(values, changes)
     smoothing = _piecewise(changes, "smoothing", values["smoothing"])
-    perturbation = PERTURBATIONS[values["perturbation"]]()
+    perturbation = _perturbation(values)
     phases: list[Phase] = []
     previous = 0
     for change in changes:
         count = max(1, round(values["num_perturbations"] * change.num_perturbations))
         if count != previous:
-            estimator = _estimator(
-                values["estimator"],
-                count,
-                smoothing,
-                perturbation,
-                values["clients_at_once"] or None,
-            )
+            estimator = _estimator(values, count, smoothing, perturbation)
             algorithm = decomfl(loss_fn, estimator, optimizer, local_steps=values["local_steps"])
             phases.append(Phase(change.first_round, algorithm))
         previous = count
@@ -414,20 +436,26 @@ def _optimizer(values: Values, changes: list[Change]) -> optax.GradientTransform
     return optax.chain(optax.add_decayed_weights(decay), sgd) if decay else sgd
 
 
+def _perturbation(values: Values) -> perturbations.Perturbation:
+    if values["perturbation"] == "low_rank":
+        return perturbations.low_rank(values["rank"])
+    return getattr(perturbations, values["perturbation"])()
+
+
 def _estimator(
-    name: str,
+    values: Values,
     count: int,
     smoothing: optax.Schedule,
     perturbation: perturbations.Perturbation,
-    clients_at_once: int | None,
 ) -> estimators.Estimator:
-    if name == "forward":
-        return estimators.forward_difference(count, smoothing, perturbation, clients_at_once)
-    if name == "central":
-        return estimators.central_difference(count, smoothing, perturbation, clients_at_once)
-    if name == "projection":
-        return estimators.projection(count, perturbation, clients_at_once)
-    return estimators.forward_gradient(count, perturbation, clients_at_once)
+    at_once = values["clients_at_once"] or None
+    if values["estimator"] == "projection":
+        return estimators.projection(count, perturbation, at_once)
+    if values["estimator"] == "jvp":
+        return estimators.forward_gradient(count, perturbation, at_once)
+    kinds = {"forward": estimators.forward_difference, "central": estimators.central_difference}
+    together = values["perturbations_at_once"] or None
+    return kinds[values["estimator"]](count, smoothing, perturbation, at_once, together)
 
 
 def _dataset(values: Values) -> sources.Dataset:

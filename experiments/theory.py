@@ -161,7 +161,8 @@ def rounds_to(
             )
         )(cohort)
         key = keys.round_key(root.shared, state.round)
-        results = jax.vmap(algorithm.client, in_axes=(None, None, None, 0))(key, state, (), draws)
+        clients = jax.vmap(algorithm.client, in_axes=(None, None, None, 0, None))
+        results = clients(key, state, (), draws, key)  # without secrets
         broadcast = algorithm.aggregate(results.upload, jnp.ones(setting.clients))
         return algorithm.server(key, state, broadcast)
 

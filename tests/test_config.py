@@ -86,6 +86,7 @@ INTEGERS = (
     "local_steps",
     "num_perturbations",
     "batch_size",
+    "rank",
     "rounds",
     "eval_every",
     "shards_per_client",
@@ -122,6 +123,7 @@ CHOICES = (
         ("momentum", "1.0"),
         ("momentum", "1.5"),
         ("clients_at_once", "-1"),
+        ("perturbations_at_once", "-1"),
         ("seed", "-1"),
         ("seed", "4294967296"),
         ("prng_impl", "rbg"),
@@ -170,6 +172,14 @@ def test_flags_that_do_not_fit_each_other_or_the_data(arguments, message):
 
 
 # What is built.
+
+
+def test_low_rank_directions_say_where_they_save_nothing():
+    low_rank = ["--perturbation=low_rank", "--rank=2", "--local_steps=2"]
+    assert build(*low_rank).notices == ()
+    assert build(*low_rank, "--optimizer=adam", "--local_steps=1").notices == ()
+    (notice,) = build(*low_rank, "--optimizer=adam").notices
+    assert "--optimizer=adam is not linear" in notice
 
 
 def test_digits_are_shared_out_to_all_clients():
@@ -290,17 +300,19 @@ def test_a_schedule_is_followed_round_by_round(quick_compile):
 
         # At 0, (f(μ z) − f(0)) / μ = μ |z|² / 2 = μ d / 2 on the sphere.
         at_zero = states[r]._replace(params={"x": jnp.zeros(DIM)})
-        result = clients[phase_at(phases, r)](round_key(r), at_zero, (), jnp.zeros((2, 1)))
+        result = clients[phase_at(phases, r)](
+            round_key(r), at_zero, (), jnp.zeros((2, 1)), round_key(r)
+        )
         assert result.upload.shape == (2, count)
         np.testing.assert_allclose(result.upload[0], smoothing * DIM / 2, rtol=1e-4)
 
 
 def test_factors_on_perturbations_are_rounded_and_never_below_one():
     phases = phases_of("--num_perturbations=3", "--schedule=1:P=0.1;2:P=1.5")
-    spec = jnp.zeros((4, 1, 1))
+    spec, key = jnp.zeros((4, 1, 1)), round_key(0)
     state = phases[0].algorithm.init({"x": jnp.zeros(DIM)})
     shapes = [
-        jax.eval_shape(phase.algorithm.client, jax.random.key(0), state, (), spec).upload.shape
+        jax.eval_shape(phase.algorithm.client, key, state, (), spec, key).upload.shape
         for phase in phases
     ]
     assert shapes == [(4, 3), (4, 1), (4, 4)]
@@ -328,11 +340,11 @@ def test_every_estimator_and_perturbation_measures_the_slope(
     )
     algorithm = phases[0].algorithm
     state = algorithm.init({"x": jnp.full(DIM, 2.0)})
-    sample = config.PERTURBATIONS[perturbation]().sample
+    sample = getattr(perturbations, perturbation)().sample
 
     @jax.jit
     def measured_and_exact(key):
-        upload = algorithm.client(key, state, (), jnp.zeros((1, 1))).upload[0]
+        upload = algorithm.client(key, state, (), jnp.zeros((1, 1)), key).upload[0]
         directions = jax.vmap(lambda k: sample(k, state.params)["x"])(
             keys.direction_keys(keys.step_key(key, 0), 2)
         )

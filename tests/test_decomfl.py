@@ -25,8 +25,8 @@ def client_batches(num_clients: int, local_steps: int) -> dict[str, np.ndarray]:
 
 
 def run_clients(algorithm, state, batches):
-    return jax.jit(jax.vmap(algorithm.client, in_axes=(None, None, None, 0)))(
-        KEY, state, (), batches
+    return jax.jit(jax.vmap(algorithm.client, in_axes=(None, None, None, 0, None)))(
+        KEY, state, (), batches, KEY
     )
 
 
@@ -80,8 +80,10 @@ def test_params_are_never_copied_for_each_client_at_the_first_step(make, clients
     def shapes(local_steps: int) -> set[tuple[int, ...]]:
         algorithm = decomfl(task.loss, estimator, optax.sgd(0.1, 0.9), local_steps=local_steps)
         state = algorithm.init(task.init(KEY))
-        run = jax.vmap(algorithm.client, in_axes=(None, None, None, 0))
-        return shapes_in(jax.make_jaxpr(run)(KEY, state, (), client_batches(7, local_steps)).jaxpr)
+        run = jax.vmap(algorithm.client, in_axes=(None, None, None, 0, None))
+        return shapes_in(
+            jax.make_jaxpr(run)(KEY, state, (), client_batches(7, local_steps), KEY).jaxpr
+        )
 
     assert not {(7, 5, 3), (7, 3)} & shapes(1)
     assert (7, 5, 3) in shapes(2)
@@ -124,7 +126,7 @@ def test_one_step_of_the_mean_is_one_step_on_the_mean_loss(quick_compile):
     uploads = run_clients(algorithm, state, batches).upload
     mean = algorithm.aggregate(uploads, jnp.ones(7))
     together = jax.tree.map(lambda x: x.reshape(1, 28, *x.shape[3:]), batches)
-    alone = jax.jit(algorithm.client)(KEY, state, (), together).upload
+    alone = jax.jit(algorithm.client)(KEY, state, (), together, KEY).upload
     np.testing.assert_allclose(mean, alone, atol=1e-5)
 
 
@@ -148,7 +150,7 @@ def test_a_client_reports_its_mean_loss_and_keeps_nothing(quick_compile, local_s
     )
     params = task.init(KEY)
     batches = jax.tree.map(lambda x: x[0], client_batches(1, local_steps))
-    result = jax.jit(algorithm.client)(KEY, algorithm.init(params), (), batches)
+    result = jax.jit(algorithm.client)(KEY, algorithm.init(params), (), batches, KEY)
     losses = [
         task.loss(params, jax.tree.map(lambda x: x[k], batches))  # noqa: B023
         for k in range(local_steps)
@@ -167,7 +169,7 @@ def test_params_of_bfloat16_keep_their_type(name):
     algorithm = decomfl(task.loss, estimator, optax.sgd(0.1, 0.9), local_steps=2)
     state = algorithm.init(jax.tree.map(lambda x: x.astype(jnp.bfloat16), task.init(KEY)))
     batches = jax.tree.map(lambda x: x[0], client_batches(1, 2))
-    upload = jax.eval_shape(algorithm.client, KEY, state, (), batches).upload
+    upload = jax.eval_shape(algorithm.client, KEY, state, (), batches, KEY).upload
     assert upload.dtype == jnp.float32
     after = jax.eval_shape(algorithm.server, KEY, state, upload)
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype(jnp.bfloat16)}

@@ -39,6 +39,7 @@ def schedule(impl: str) -> dict[str, str]:
         "round 1000/step 2/direction 3/Dense_0/kernel": leaves["Dense_0"]["kernel"],
         "round 1000/step 2/direction 3/scale": leaves["scale"],
         "batches/round 1000/client 5": keys.batch_key(root.batches, 1000, 5),
+        "own/round 1000/client 5": keys.own_key(root.own, 1000, 5),
     }
     return {name: words(key) for name, key in named.items()}
 
@@ -58,7 +59,7 @@ def test_generator_changes_the_shared_stream_alone():
     usual, other = keys.root(7), keys.root(7, "threefry4x32")
     assert words(usual.shared) != words(other.shared)
     assert (keys.key_bytes(usual.shared), keys.key_bytes(other.shared)) == (8, 16)
-    for name in ("cohort", "batches", "init", "partition"):
+    for name in ("cohort", "batches", "own", "init", "partition"):
         assert words(getattr(usual, name)) == words(getattr(other, name))
 
 

@@ -30,7 +30,7 @@ def counting(fail_at: int = 1000) -> Algorithm:
     def init(params):
         return ServerState(params, (), jnp.zeros((), jnp.int32))
 
-    def client(key, state, memory, batches):
+    def client(key, state, memory, batches, own_key):
         upload = jnp.where(state.round < fail_at, memory.rounds + 1.0, jnp.nan)
         memory = Counts(memory.rounds + 1, state.round)
         return ClientResult({"mean": upload}, memory, {"loss": jnp.zeros(())})

@@ -366,3 +366,24 @@ def test_dispatches_out_of_range_are_refused(n):
         ValueError, match=f"a dispatch takes 1 to {rounds.CAPACITY} rounds, got {n}"
     ):
         simulator.advance(simulator.start(None).state, (), n)
+
+
+def test_dense_broadcasts_make_shorter_dispatches(monkeypatch):
+    """A run and its replay take as many rounds at once as their broadcasts fit the buffers."""
+    monkeypatch.setattr(rounds, "BUFFER_BYTES", 100)
+    simulator = make_simulator("sgd", "rademacher", 2)
+    assert simulator.capacities == (100 // (2 * 2 * 4),)
+    initial, lengths = start(simulator), []
+    progress = simulation.run(
+        simulator, rounds=20, on_rounds=lambda trace, *_: lengths.append(len(trace.losses))
+    )
+    assert max(lengths) == 6
+    traces, state = [], jax.tree.map(jnp.asarray, initial)
+    for n in (6, 6, 6, 2):
+        state, _, trace = simulator.advance(state, (), n)
+        traces.append(trace)
+    assert_same_bits(state, progress.state)
+    trace = joined(traces)
+    assert_same_bits(simulator.replay(initial, trace.seeds, trace.broadcasts), progress.state)
+    with pytest.raises(ValueError, match="a dispatch takes 1 to 6 rounds, got 7"):
+        simulator.advance(state, (), 7)

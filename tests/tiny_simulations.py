@@ -59,12 +59,12 @@ def advance(simulator: simulation.Simulator, state, pieces) -> tuple[Any, list[s
 
 
 def joined(traces: list[simulation.Trace]) -> simulation.Trace:
+    def concatenated(name: str) -> Any:
+        return jax.tree.map(lambda *x: np.concatenate(x), *(getattr(t, name) for t in traces))
+
     return simulation.Trace(
         traces[0].first_round,
-        *(
-            np.concatenate([getattr(trace, name) for trace in traces])
-            for name in ("seeds", "cohorts", "broadcasts", "losses")
-        ),
+        *(concatenated(name) for name in ("seeds", "cohorts", "broadcasts", "losses")),
         traces[-1].failed_loss,
     )
 

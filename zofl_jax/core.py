@@ -42,26 +42,50 @@ class ClientResult(NamedTuple):
     stats: dict[str, Array]  # for people, never sent; scalars, "loss" among them
 
 
+class Sync(NamedTuple):
+    """A message that brings a client which fell behind to the present, in place of a replay.
+
+    Clients of an algorithm that has one are not sent a round's broadcast at its end: when they
+    next take part they get this message, or all they missed where that is smaller.
+
+    Attributes:
+      message: state -> a tree of arrays.
+      restore: (initial state with the present round number, message) -> a state in which
+        `Algorithm.client` does what it does in the present one. What only the server uses,
+        such as its optimiser's moments, may be missing from it.
+      alone: whether the message is all a new client needs, or adds to the initial params.
+    """
+
+    message: Callable[[ServerState], Any]
+    restore: Callable[[ServerState, Any], ServerState]
+    alone: bool
+
+
 class Algorithm(NamedTuple):
     """A federated algorithm. All functions are pure and traceable.
 
     Attributes:
       init: params -> ServerState.
-      client: (key, state, memory, batches) -> ClientResult. One client; it never
-        sees a clients axis. `batches` has the leading axis [local_steps].
+      client: (key, state, memory, batches, own_key) -> ClientResult. One client; it never
+        sees a clients axis. `batches` has the leading axis [local_steps]; `own_key` is the
+        client's own of this round, for what no one else may rebuild: stochastic rounding,
+        noise, directions that are not shared.
       aggregate: (uploads [C, ...], weights [C]) -> Broadcast.
       server: (key, state, broadcast) -> ServerState: what *everyone* replays.
       local_steps: K, how many batches `client` takes.
       init_memory: params -> the memory of a client that has not taken part yet, () for
         stateless clients.
+      sync: how a client that fell behind is brought up to date, by replaying the broadcasts it
+        missed unless given.
     """
 
     init: Callable[[Params], ServerState]
-    client: Callable[[PRNGKey, ServerState, Any, Batches], ClientResult]
+    client: Callable[[PRNGKey, ServerState, Any, Batches, PRNGKey], ClientResult]
     aggregate: Callable[[Upload, Array], Broadcast]
     server: Callable[[PRNGKey, ServerState, Broadcast], ServerState]
     local_steps: int
     init_memory: Callable[[Params], Any] = lambda params: ()
+    sync: Sync | None = None
 
 
 class Phase(NamedTuple):

@@ -5,6 +5,7 @@ directions drawn from a key, and expands scalars into (1/P) Σ_p g_p z_p, an est
 the gradient. The directions are drawn again from the key wherever they are needed.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import keys
+from zofl_jax import keys, structured, sums
 from zofl_jax.batching import at_once
 from zofl_jax.core import Array, Batch, LossFn, Params, PRNGKey
 from zofl_jax.perturbations import Perturbation, gaussian
@@ -30,13 +31,16 @@ class Estimator(NamedTuple):
 
     Attributes:
       num_perturbations: P.
-      measure: (loss_fn, key, round_index, params, batch) -> Estimate.
+      measure: (loss_fn, key, round_index, params, batch) -> Estimate. Leaves of the params may
+        stand for arrays (`sums.py`).
       expand: (key, params, scalars [P]) -> (1/P) Σ_p scalars[p] z_p, a tree like params.
+      perturbation: the distribution of z.
     """
 
     num_perturbations: int
     measure: Callable[[LossFn, PRNGKey, Array, Params, Batch], Estimate]
     expand: Callable[[PRNGKey, Params, Array], Params]
+    perturbation: Perturbation
 
 
 def forward_difference(
@@ -44,6 +48,7 @@ def forward_difference(
     smoothing: float | optax.Schedule,
     perturbation: Perturbation | None = None,
     clients_at_once: int | None = None,
+    perturbations_at_once: int | None = None,
 ) -> Estimator:
     """Measures g_p = (f(x + μ z_p) − f(x)) / μ with P + 1 evaluations.
 
@@ -56,9 +61,11 @@ def forward_difference(
       perturbation: the distribution of z, Gaussian unless given.
       clients_at_once: how many clients of a vmap are evaluated at once, see
         `batching.at_once`; all of them unless given.
+      perturbations_at_once: how many perturbed models are evaluated at once. Unless given, all
+        where they share the products with the params (low-rank directions), else one.
 
     Raises:
-      ValueError: if P, μ or `clients_at_once` is out of range.
+      ValueError: if P, μ or one of the last two is out of range.
 
     >>> estimator = forward_difference(2, 1e-3)
     >>> f = lambda x, batch: 0.5 * jnp.sum(x**2)
@@ -67,19 +74,24 @@ def forward_difference(
     """
     smoothing_at = _smoothing_schedule(smoothing)
     chosen = perturbation or gaussian()
+    together = _together(num_perturbations, chosen, perturbations_at_once)
 
     def measure(
         loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, batch: Batch
     ) -> Estimate:
         mu = smoothing_at(round_index)
-        evaluate = at_once(_scalar(loss_fn), clients_at_once)
-        base = evaluate(params, batch)
-
-        def along(direction_key: PRNGKey) -> Array:
-            z = chosen.sample(direction_key, params)
-            return (evaluate(chosen.add(params, z, mu), batch) - base) / mu
-
-        return Estimate(jax.lax.map(along, keys.direction_keys(key, num_perturbations)), base)
+        evaluate = _evaluation(loss_fn, chosen, clients_at_once, together)
+        direction_keys = keys.direction_keys(key, num_perturbations)
+        if together > 1:
+            # The params themselves are one more model, at no distance along a direction.
+            index = jnp.maximum(jnp.arange(-1, num_perturbations), 0)
+            scales = jnp.where(jnp.arange(-1, num_perturbations) < 0, 0.0, mu)[:, None]
+            base, *rest = evaluate(params, direction_keys[index], scales, batch)[:, 0]
+            return Estimate((jnp.stack(rest) - base) / mu, base)
+        base = at_once(_scalar(loss_fn), clients_at_once)(params, batch)
+        scales = jnp.full((num_perturbations, 1), mu)
+        losses = evaluate(params, direction_keys, scales, batch)[:, 0]
+        return Estimate((losses - base) / mu, base)
 
     return _estimator(num_perturbations, measure, chosen, clients_at_once)
 
@@ -89,6 +101,7 @@ def central_difference(
     smoothing: float | optax.Schedule,
     perturbation: Perturbation | None = None,
     clients_at_once: int | None = None,
+    perturbations_at_once: int | None = None,
 ) -> Estimator:
     """Measures g_p = (f(x + μ z_p) − f(x − μ z_p)) / 2μ with 2 P evaluations.
 
@@ -97,21 +110,17 @@ def central_difference(
     """
     smoothing_at = _smoothing_schedule(smoothing)
     chosen = perturbation or gaussian()
+    together = _together(num_perturbations, chosen, perturbations_at_once)
 
     def measure(
         loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, batch: Batch
     ) -> Estimate:
         mu = smoothing_at(round_index)
-        evaluate = at_once(_scalar(loss_fn), clients_at_once)
-
-        def along(direction_key: PRNGKey) -> tuple[Array, Array]:
-            z = chosen.sample(direction_key, params)
-            plus = evaluate(chosen.add(params, z, mu), batch)
-            minus = evaluate(chosen.add(params, z, -mu), batch)
-            return (plus - minus) / (2 * mu), (plus + minus) / 2
-
-        scalars, losses = jax.lax.map(along, keys.direction_keys(key, num_perturbations))
-        return Estimate(scalars, jnp.mean(losses))
+        evaluate = _evaluation(loss_fn, chosen, clients_at_once, together)
+        direction_keys = keys.direction_keys(key, num_perturbations)
+        scales = jnp.broadcast_to(jnp.stack([mu, -mu]), (num_perturbations, 2))
+        plus, minus = evaluate(params, direction_keys, scales, batch).T
+        return Estimate((plus - minus) / (2 * mu), jnp.mean((plus + minus) / 2))
 
     return _estimator(num_perturbations, measure, chosen, clients_at_once)
 
@@ -133,7 +142,7 @@ def projection(
     ) -> Estimate:
         del round_index
         evaluate = at_once(jax.value_and_grad(_scalar(loss_fn)), clients_at_once)
-        loss, gradient = evaluate(params, batch)
+        loss, gradient = evaluate(sums.arrays(params), batch)
 
         def along(direction_key: PRNGKey) -> Array:
             return _inner(gradient, chosen.sample(direction_key, params)).astype(loss.dtype)
@@ -166,7 +175,8 @@ def forward_gradient(
         evaluate = at_once(derivative, clients_at_once)
 
         def along(direction_key: PRNGKey) -> tuple[Array, Array]:
-            return evaluate(params, chosen.sample(direction_key, params), batch)
+            z = sums.arrays(chosen.sample(direction_key, params))
+            return evaluate(sums.arrays(params), z, batch)
 
         losses, scalars = jax.lax.map(along, keys.direction_keys(key, num_perturbations))
         return Estimate(scalars, losses[0])
@@ -189,7 +199,61 @@ def _estimator(
         direction_keys = keys.direction_keys(key, num_perturbations)
         return perturbation.accumulate(direction_keys, params, scalars / num_perturbations)
 
-    return Estimator(num_perturbations, measure, expand)
+    return Estimator(num_perturbations, measure, expand, perturbation)
+
+
+def _together(num_perturbations: int, perturbation: Perturbation, at_once: int | None) -> int:
+    """Returns how many perturbed models are evaluated at once."""
+    if at_once is None:
+        return 1 if perturbation.combine is None else num_perturbations
+    if at_once < 1:
+        raise ValueError(f"perturbations_at_once must be >= 1, got {at_once}")
+    return min(at_once, num_perturbations)
+
+
+def _evaluation(
+    loss_fn: LossFn, perturbation: Perturbation, clients_at_once: int | None, together: int
+) -> Callable[[Params, PRNGKey, Array, Batch], Array]:
+    """Returns (params, keys [P], scales [P, S], batch) -> losses [P, S].
+
+    losses[p, s] = f(x + scales[p, s] z_p); a direction is drawn once for all its scales.
+    """
+    add, loss = perturbation.add, _scalar(loss_fn)
+
+    def one(params: Params, direction: Params, scale: Array, batch: Batch) -> Array:
+        return loss(add(params, direction, scale), batch)
+
+    def many(params: Params, directions: Params, scales: Array, batch: Batch) -> Array:
+        along = jax.vmap(one, in_axes=(None, None, 0, None))
+        return jax.vmap(along, in_axes=(None, 0, 0, None))(params, directions, scales, batch)
+
+    def evaluate(params: Params, direction_keys: PRNGKey, scales: Array, batch: Batch) -> Array:
+        if together == 1:
+            singly = at_once(one, clients_at_once)
+
+            def along(key_and_scales: tuple[PRNGKey, Array]) -> Array:
+                key, own_scales = key_and_scales
+                z = perturbation.sample(key, params)
+                return jnp.stack([singly(params, z, scale, batch) for scale in own_scales])
+
+            return jax.lax.map(along, (direction_keys, scales))
+        draw = jax.vmap(perturbation.sample, in_axes=(0, None))
+        directions = draw(direction_keys, sums.shapes(params))
+        evaluate_many = at_once(many, clients_at_once)
+        count = len(scales)
+        if count <= together + 1:  # the params themselves cost no more with them than apart
+            return evaluate_many(params, directions, scales, batch)
+        chunks = math.ceil(count / together)
+        index = jnp.minimum(jnp.arange(chunks * together), count - 1).reshape(chunks, together)
+        losses = jax.lax.map(
+            lambda i: evaluate_many(
+                params, jax.tree.map(lambda x: x[i], directions), scales[i], batch
+            ),
+            index,
+        )
+        return losses.reshape(-1, *losses.shape[2:])[:count]
+
+    return evaluate
 
 
 def _smoothing_schedule(smoothing: float | optax.Schedule) -> optax.Schedule:
@@ -204,7 +268,7 @@ def _scalar(loss_fn: LossFn) -> LossFn:
     """Returns the loss in at least float32, checked to be one number."""
 
     def evaluate(params: Params, batch: Batch) -> Array:
-        loss = jnp.asarray(loss_fn(params, batch))
+        loss = jnp.asarray(structured.evaluate(loss_fn, params, batch))
         if loss.shape:
             raise ValueError(
                 f"the loss must be one number, the mean over the batch, got shape {loss.shape}"
@@ -216,7 +280,10 @@ def _scalar(loss_fn: LossFn) -> LossFn:
 
 
 def _inner(gradient: Params, direction: Params) -> Array:
-    def leaf(g: Array, z: Array) -> Array:
-        return jnp.sum(g.astype(jnp.promote_types(g.dtype, jnp.float32)) * z)
+    def leaf(g: Array, z: Array | sums.Factors) -> Array:
+        wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+        if isinstance(z, sums.Factors):
+            return z.inner(wide)
+        return jnp.sum(wide * sums.as_array(z))
 
     return sum(jax.tree.leaves(jax.tree.map(leaf, gradient, direction)), jnp.zeros(()))

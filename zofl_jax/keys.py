@@ -1,8 +1,10 @@
 """The key schedule: every random number is a pure function of (seed, name, indices).
 
-    seed -> shared  -> round r -> local step k -> direction p -> leaf (by its path)
+    seed -> shared  -> round r -> local step k -> direction p -> leaf (by its path) -> block
+                   -> pool -> seed j
          -> cohort  -> round r
          -> batches -> round r -> client i -> local step k
+         -> own     -> round r -> client i
          -> init, partition
 
 Only `shared` is known to server and clients alike: its round keys are the seeds that
@@ -36,6 +38,7 @@ class RootKeys(NamedTuple):
     shared: PRNGKey
     cohort: PRNGKey
     batches: PRNGKey
+    own: PRNGKey
     init: PRNGKey
     partition: PRNGKey
 
@@ -82,6 +85,12 @@ def direction_keys(key: PRNGKey, num_perturbations: int) -> PRNGKey:
     return _settle(jax.vmap(lambda p: jax.random.fold_in(key, p))(jnp.arange(num_perturbations)))
 
 
+def directions_of_steps(key: PRNGKey, steps: int, num_perturbations: int) -> PRNGKey:
+    """Returns the keys of all directions of a round's first `steps` local steps, [steps · P]."""
+    each = jax.vmap(lambda k: direction_keys(step_key(key, k), num_perturbations))
+    return each(jnp.arange(steps)).reshape(-1)
+
+
 def leaf_keys(key: PRNGKey, params: Params) -> Params:
     """Returns a tree like `params` with one key a leaf, derived from the leaf's path.
 
@@ -100,9 +109,24 @@ def leaf_keys(key: PRNGKey, params: Params) -> Params:
     return jax.tree.unflatten(treedef, [keys[i] for i in range(len(ids))])
 
 
+def block_key(leaf_key: PRNGKey, block: Array | int) -> PRNGKey:
+    """Returns the key of a block of a leaf, such as one of its layers."""
+    return _settle(jax.random.fold_in(leaf_key, block))
+
+
 def batch_key(batches: PRNGKey, round_index: Array | int, client: Array | int) -> PRNGKey:
     """Returns the key from which client `client` draws its batches of a round."""
     return jax.random.fold_in(jax.random.fold_in(batches, round_index), client)
+
+
+def own_key(own: PRNGKey, round_index: Array | int, client: Array | int) -> PRNGKey:
+    """Returns the private key of client `client` in a round: for its noise and its rounding."""
+    return jax.random.fold_in(jax.random.fold_in(own, round_index), client)
+
+
+def pool_key(shared: PRNGKey) -> PRNGKey:
+    """Returns the key of a pool of directions that are the same in all rounds."""
+    return _settle(jax.random.fold_in(shared, name_id("pool")))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -8,7 +8,10 @@ In round r, a client that last took part in round l receives and sends, in this 
     upload       up    its scalars (and its number of examples, where means are weighted)
     broadcast    down  the cohort's mean
 
-after which its copy of the server's state is that of round r + 1. Sizes are payloads; a
+after which its copy of the server's state is that of round r + 1. Where the algorithm has a
+`core.Sync`, as those with dense broadcasts do, no broadcast is sent at a round's end. Instead
+`catch_up` is the smaller of the sync message and of what was missed, l <= t < r; and of a new
+client too, or where the message stands alone, `first_sync` is that message. Sizes are payloads; a
 transport adds its framing. `tests/oracle.py` serialises these messages for real.
 """
 
@@ -34,6 +37,17 @@ class MessageSizes(NamedTuple):
     upload: int
     broadcast: int
     params: int  # the first synchronisation; also one dense exchange, one way
+    sync: int | None = None  # the message of a `core.Sync`, if the algorithm has one
+    sync_alone: bool = False  # whether a new client needs nothing else
+
+
+class MessageShapes(NamedTuple):
+    """The messages of an algorithm, as trees of `jax.ShapeDtypeStruct`."""
+
+    upload: Any
+    broadcast: Any
+    sync: Any  # None without a `core.Sync`
+    sync_alone: bool
 
 
 class RoundBytes(NamedTuple):
@@ -57,39 +71,44 @@ class RoundBytes(NamedTuple):
 
 
 def message_shapes(
-    algorithm: Algorithm, key: PRNGKey, params: Params, batches: Batches
-) -> tuple[Any, Any]:
-    """Returns the shapes of an upload and of a broadcast, without running anything.
+    algorithm: Algorithm, key: PRNGKey, params: Params, batches: Batches, cohort: int = 1
+) -> MessageShapes:
+    """Returns the shapes of an algorithm's messages, without running anything.
 
     Args:
       algorithm: whose messages.
       key: a round key.
       params: arrays or `jax.ShapeDtypeStruct`s.
       batches: one client's batches, likewise, [K, B, ...].
+      cohort: how many clients upload in a round.
     """
+    sync = algorithm.sync
 
-    def exchange(key: PRNGKey, params: Params, batches: Batches) -> tuple[Any, Any]:
+    def exchange(key: PRNGKey, params: Params, batches: Batches) -> tuple[Any, Any, Any]:
         state, memory = algorithm.init(params), algorithm.init_memory(params)
-        upload = algorithm.client(key, state, memory, batches).upload
-        cohort = jax.tree.map(lambda x: x[None], upload)
-        return upload, algorithm.aggregate(cohort, jnp.ones(1))
+        upload = algorithm.client(key, state, memory, batches, jax.random.key(0)).upload
+        uploads = jax.tree.map(lambda x: jnp.broadcast_to(x, (cohort, *x.shape)), upload)
+        message = None if sync is None else sync.message(state)
+        return upload, algorithm.aggregate(uploads, jnp.ones(cohort)), message
 
-    return jax.eval_shape(exchange, key, params, batches)
+    shapes = jax.eval_shape(exchange, key, params, batches)
+    return MessageShapes(shapes[0], shapes[1], shapes[2], sync is not None and sync.alone)
 
 
 def message_sizes(
-    shapes: tuple[Any, Any], key: PRNGKey, params: Params, weighted: bool = False
+    shapes: MessageShapes, key: PRNGKey, params: Params, weighted: bool = False
 ) -> MessageSizes:
     """Returns the sizes of messages with the shapes that `message_shapes` returns.
 
     `weighted` says that uploads carry the client's number of examples.
     """
-    upload, broadcast = shapes
     return MessageSizes(
         seed=keys.key_bytes(key),
-        upload=tree_bytes(upload) + (WEIGHT_BYTES if weighted else 0),
-        broadcast=tree_bytes(broadcast),
+        upload=tree_bytes(shapes.upload) + (WEIGHT_BYTES if weighted else 0),
+        broadcast=tree_bytes(shapes.broadcast),
         params=tree_bytes(params),
+        sync=None if shapes.sync is None else tree_bytes(shapes.sync),
+        sync_alone=shapes.sync_alone,
     )
 
 
@@ -129,13 +148,13 @@ class Ledger:
         now = self.num_rounds
         last = self.last_round[members]
         sent_until_now = self._replay_bytes[now]
-        catch_up = sum(sent_until_now - self._replay_bytes[seen + 1] for seen in last.tolist())
+        starts = [self._bring_up_to_date(seen, sizes) for seen in last.tolist()]
         counted = RoundBytes(
             upload=members.size * sizes.upload,
             seed=members.size * sizes.seed,
-            broadcast=members.size * sizes.broadcast,
-            catch_up=catch_up,
-            first_sync=int(np.sum(last == participation.NEVER)) * sizes.params,
+            broadcast=members.size * sizes.broadcast if sizes.sync is None else 0,
+            catch_up=sum(catch_up for catch_up, _ in starts),
+            first_sync=sum(first for _, first in starts),
         )
         self.last_round[members] = now
         self._replay_bytes.append(sent_until_now + sizes.seed + sizes.broadcast)
@@ -143,6 +162,17 @@ class Ledger:
         self.participations += members.size
         self.dense_bytes += 2 * members.size * sizes.params
         return counted
+
+    def _bring_up_to_date(self, last: int, sizes: MessageSizes) -> tuple[int, int]:
+        """Returns the bytes of catch-up and of first synchronisation of one client."""
+        new = last == participation.NEVER
+        # With a sync message the broadcast of its last round was not sent to it either.
+        held = 0 if new else last + (sizes.sync is None)
+        missed = self._replay_bytes[-1] - self._replay_bytes[held]
+        if new and sizes.sync is not None and sizes.sync_alone:
+            return 0, min(sizes.sync, sizes.params + missed)
+        catch_up = missed if sizes.sync is None else min(sizes.sync, missed)
+        return catch_up, sizes.params if new else 0
 
     def per_client(self, total: int) -> float:
         """Returns a total as a mean over the population, in bytes."""

@@ -12,28 +12,37 @@ unpacked from words used here 2020 / 642.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from zofl_jax import keys
+from zofl_jax import keys, sums
 from zofl_jax.core import Array, Params, PRNGKey
+
+Draw = Callable[[PRNGKey, tuple[int, ...], Any], Array]
+"""(key, shape, dtype) -> an array of independent numbers."""
 
 
 class Perturbation(NamedTuple):
     """A distribution of directions over the params.
 
     Attributes:
-      sample: (key, params) -> a direction z for params of this structure.
-      add: (params, z, scale) -> params + scale · z.
-      accumulate: (keys [P], params, scalars [P]) -> Σ_p scalars[p] · z_p, a tree like
-        params; the directions are drawn anew, one alive at a time.
+      sample: (key, params) -> a direction z for params of this structure. Its leaves are
+        arrays or stand for them (`sums.arrays`): a stack of layers is drawn where it is used.
+      add: (params, z, scale) -> params + scale · z, for `structured.evaluate`: leaves may
+        stand for arrays, before and after.
+      accumulate: (keys [P], params, scalars [P]) -> Σ_p scalars[p] · z_p, a tree of arrays like
+        params; the directions are drawn anew.
+      combine: (params, keys [P], scalars) -> params + Σ_p scalars[p] · z_p, for
+        `structured.evaluate`, with scalars a tree like params of arrays [P]; None where that
+        has to be formed.
     """
 
     sample: Callable[[PRNGKey, Params], Params]
     add: Callable[[Params, Params, Array | float], Params]
     accumulate: Callable[[PRNGKey, Params, Array], Params]
+    combine: Callable[[Params, PRNGKey, Params], Params] | None = None
 
 
 def gaussian() -> Perturbation:
@@ -43,7 +52,7 @@ def gaussian() -> Perturbation:
     >>> z["w"].shape
     (2, 3)
     """
-    return _dense(functools.partial(_sample_leaves, draw=_normal))
+    return _independent(_normal)
 
 
 def rademacher() -> Perturbation:
@@ -56,7 +65,7 @@ def rademacher() -> Perturbation:
     >>> float(jnp.abs(z["w"]).min()), float(jnp.abs(z["w"]).max())
     (1.0, 1.0)
     """
-    return _dense(functools.partial(_sample_leaves, draw=_signs))
+    return _independent(_signs)
 
 
 def sphere() -> Perturbation:
@@ -80,35 +89,163 @@ def sphere() -> Perturbation:
     return _dense(sample)
 
 
-def _dense(sample: Callable[[PRNGKey, Params], Params]) -> Perturbation:
-    """Returns the perturbation whose directions are trees like the params."""
+def low_rank(rank: int = 1) -> Perturbation:
+    """Returns directions Z = A Bᵀ / √r for each matrix, A and B standard normal.
+
+    E[z zᵀ] = I as for dense directions, at the cost of r (in + out) normals for in · out params,
+    and x (W + μ Z) = x W + μ (x A) Bᵀ / √r needs no perturbed matrix (`structured.py`). Matrices
+    are the leaves of two and more axes but the layers': [..., in, out], a convolution's kernel as
+    [h · w · C, features]. Vectors have dense normal directions.
+
+    Args:
+      rank: r >= 1.
+
+    Raises:
+      ValueError: if `rank` < 1.
+
+    Ref: Chen et al. 2024 (LOZO, arXiv 2410.07698); Sarkar et al. 2025 (EGGROLL, 2511.16652).
+
+    >>> from zofl_jax import sums
+    >>> z = sums.arrays(low_rank().sample(jax.random.key(0), {"w": jnp.zeros((4, 3))}))
+    >>> int(jnp.linalg.matrix_rank(z["w"]))
+    1
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be >= 1, got {rank}")
+
+    def sample(key: PRNGKey, params: Params) -> Params:
+        return _map_leaves(functools.partial(_draw_factors, rank), key, params)
 
     def add(params: Params, direction: Params, scale: Array | float) -> Params:
-        return jax.tree.map(lambda x, z: x + jnp.asarray(scale, x.dtype) * z, params, direction)
+        return jax.tree.map(functools.partial(_plus, scale=scale), params, direction, is_leaf=_leaf)
+
+    def combine(params: Params, direction_keys: PRNGKey, scalars: Params) -> Params:
+        directions = jax.vmap(lambda key: sample(key, sums.shapes(params)))(direction_keys)
+        return jax.tree.map(_plus_many, params, directions, scalars, is_leaf=_leaf)
+
+    def accumulate(direction_keys: PRNGKey, params: Params, scalars: Array) -> Params:
+        same = jax.tree.map(lambda _: scalars, params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return sums.arrays(combine(zeros, direction_keys, same))
+
+    return Perturbation(sample, add, accumulate, combine)
+
+
+def _independent(draw: Draw) -> Perturbation:
+    """Returns the perturbation whose directions have independent entries."""
+
+    def seeded(leaf_key: PRNGKey, path: str, x: Array) -> Any:
+        direction = sums.Seeded(leaf_key, draw, x.shape, x.dtype, is_stacked(path))
+        # Without layers there is nothing to gain by drawing it later.
+        return direction if direction.stacked else direction.array()
+
+    def sample(key: PRNGKey, params: Params) -> Params:
+        return _map_leaves(seeded, key, params)
+
+    def accumulate(direction_keys: PRNGKey, params: Params, scalars: Array) -> Params:
+        # By leaf and by block, so that the sum of a block stays in cache.
+        def leaf(leaf_keys: PRNGKey, path: str, x: Array) -> Array:
+            def block(block_keys: PRNGKey, shape: tuple[int, ...]) -> Array:
+                def add_direction(total: Array, key_and_scalar: tuple[PRNGKey, Array]) -> tuple:
+                    key, scalar = key_and_scalar
+                    return total + jnp.asarray(scalar, x.dtype) * draw(key, shape, x.dtype), None
+
+                zeros = jnp.zeros(shape, x.dtype)
+                return jax.lax.scan(add_direction, zeros, (block_keys, scalars))[0]
+
+            return sums.in_blocks(block, leaf_keys, x.shape, is_stacked(path))
+
+        derive = jax.vmap(keys.leaf_keys, in_axes=(0, None))
+        return _map_leaves(leaf, direction_keys, params, derive)
+
+    return Perturbation(sample, _add, accumulate)
+
+
+def _dense(sample: Callable[[PRNGKey, Params], Params]) -> Perturbation:
+    """Returns the perturbation whose directions are trees of arrays like the params."""
 
     def accumulate(direction_keys: PRNGKey, params: Params, scalars: Array) -> Params:
         def add_direction(total: Params, key_and_scalar: tuple[PRNGKey, Array]) -> tuple:
             key, scalar = key_and_scalar
-            return add(total, sample(key, params), scalar), None
+            return _add(total, sample(key, params), scalar), None
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         return jax.lax.scan(add_direction, zeros, (direction_keys, scalars))[0]
 
-    return Perturbation(sample, add, accumulate)
+    return Perturbation(sample, _add, accumulate)
 
 
-def _sample_leaves(
-    key: PRNGKey, params: Params, draw: Callable[[PRNGKey, tuple[int, ...], jnp.dtype], Array]
+def is_stacked(path: str) -> bool:
+    """Returns whether the first axis of a leaf is one of layers: its path names "layers".
+
+    >>> is_stacked("layers/mlp/up/kernel"), is_stacked("Dense_0/kernel")
+    (True, False)
+    """
+    return "layers" in path.split("/")
+
+
+def _add(params: Params, direction: Params, scale: Array | float) -> Params:
+    return jax.tree.map(functools.partial(_plus, scale=scale), params, direction, is_leaf=_leaf)
+
+
+def _leaf(x: Any) -> bool:
+    return sums.is_value(x)
+
+
+def _plus(x: Any, z: Any, scale: Array | float) -> Any:
+    if isinstance(z, sums.Factors):
+        return z.plus(x, scale)
+    if isinstance(z, sums.Seeded):
+        return sums.Drawn(x, z, jnp.asarray(scale))
+    return x + jnp.asarray(scale, x.dtype) * z
+
+
+def _plus_many(x: Any, z: Any, scalars: Array) -> Any:
+    """Returns x + Σ_p scalars[p] z[p], z with a leading axis of directions [P]."""
+    if not isinstance(z, sums.Factors):
+        return x + jnp.tensordot(scalars.astype(x.dtype), z, axes=1)
+    rank = z.a.shape[-1]
+    # The directions' columns side by side.
+    a, b = (jnp.moveaxis(f, 0, -2).reshape(*f.shape[1:-1], -1) for f in (z.a, z.b))
+    scales = jnp.repeat(scalars / math.sqrt(rank), rank)
+    return z.replace(a=a, b=b).combined(x, scales)
+
+
+def _draw_factors(rank: int, leaf_key: PRNGKey, path: str, x: Array) -> Any:
+    lead = int(is_stacked(path))
+    if len(x.shape) - lead < 2:
+        return sums.Seeded(leaf_key, _normal, x.shape, x.dtype, bool(lead)).array()
+    sides: tuple[sums.Side, ...] = sums.matrix_sides(len(x.shape), stacked=bool(lead))
+    shapes = ((*x.shape[:-1], rank), (*x.shape[:lead], x.shape[-1], rank))
+    a, b = (
+        sums.Seeded(keys.block_key(leaf_key, i), _normal, shape, x.dtype, bool(lead)).array()
+        for i, shape in enumerate(shapes)
+    )
+    return sums.Factors(a, b, sides)
+
+
+def _sample_leaves(key: PRNGKey, params: Params, draw: Draw) -> Params:
+    return _map_leaves(lambda leaf_key, path, x: draw(leaf_key, x.shape, x.dtype), key, params)
+
+
+def _map_leaves(
+    fn: Callable[[PRNGKey, str, Array], Any],
+    key: PRNGKey,
+    params: Params,
+    derive: Callable[[PRNGKey, Params], Params] = keys.leaf_keys,
 ) -> Params:
-    def leaf(leaf_key: PRNGKey, x: Array) -> Array:
+    """Returns a tree of fn(keys of the leaf, its path, the leaf)."""
+
+    def leaf(path: tuple[Any, ...], x: Array, leaf_key: PRNGKey) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"params must be real floating point to be perturbed, got a leaf of {x.dtype} "
                 f"and shape {x.shape}; keep it outside the trained params"
             )
-        return draw(leaf_key, x.shape, x.dtype)
+        return fn(leaf_key, keys.path_name(path), x)
 
-    return jax.tree.map(leaf, keys.leaf_keys(key, params), params)
+    params = sums.shapes(params)
+    return jax.tree.map_with_path(leaf, params, derive(key, params))
 
 
 def _normal(key: PRNGKey, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

@@ -124,13 +124,13 @@ def _replay(run: Run, simulator: Simulator, state: ServerState, until: int) -> S
     first = int(state.round)
     starts = [phase.first_round for phase in simulator.phases if first < phase.first_round < until]
     for start, stop in zip([first, *starts], [*starts, until], strict=True):
-        rows = run.log.rounds(start, stop)
-        if not rows:
-            continue
-        spec = simulator.broadcasts[phase_at(simulator.phases, start)]
-        broadcasts = [_decode(row.broadcast, spec) for row in rows]
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *broadcasts)
-        state = simulator.replay(state, _seeds(rows), stacked)
+        phase = phase_at(simulator.phases, start)
+        spec, most = simulator.broadcasts[phase], simulator.capacities[phase]
+        for at in range(start, stop, most):
+            rows = run.log.rounds(at, min(at + most, stop))
+            broadcasts = [_decode(row.broadcast, spec) for row in rows]
+            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *broadcasts)
+            state = simulator.replay(state, _seeds(rows), stacked)
     return state
 
 
@@ -143,10 +143,9 @@ def _recount(run: Run, simulator: Simulator, progress: Progress) -> Progress:
     """Returns progress with the ledger, the history and the losses of the logged rounds."""
     book, history, losses, seconds = progress.ledger, [], [], 0.0
     metrics = run.log.metrics()
-    rows = run.log.rounds()
-    chunk = rounds.CAPACITY
-    for at in range(0, len(rows), chunk):
-        part = rows[at : at + chunk]
+    done, chunk = run.log.last_round + 1, rounds.CAPACITY
+    for at in range(0, done, chunk):
+        part = run.log.rounds(at, min(at + chunk, done))
         indices = np.resize(np.arange(at, at + len(part)), chunk)
         for row, cohort in zip(part, simulator.cohorts(indices), strict=False):
             book.record(cohort, simulator.sizes[phase_at(simulator.phases, row.round)])

@@ -13,6 +13,7 @@ every dispatch. A round whose loss or broadcast is not finite is not applied: th
 ends before it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -37,11 +38,14 @@ from zofl_jax.data import batches as data_batches
 Weighting = Literal["uniform", "examples"]
 
 CAPACITY = 128
-"""The most rounds in one dispatch."""
+"""The most rounds in one dispatch, of algorithms whose broadcasts are a few scalars."""
+
+BUFFER_BYTES = 64 * 2**20
+"""What the broadcasts of one dispatch may take."""
 
 
 class RoundRecord(NamedTuple):
-    """What is kept of a round; in buffers each leaf is [CAPACITY, ...]."""
+    """What is kept of a round; in buffers each leaf is [capacity, ...]."""
 
     cohort: Array  # int32 [clients_per_round]
     broadcast: Broadcast
@@ -66,15 +70,16 @@ def make_advance(
     batch_size: int,
     weighting: Weighting,
     mesh: Mesh | None = None,
+    rounds_at_most: int = CAPACITY,
 ) -> Callable[..., Loop]:
     """Returns (state, memory, train, root, limit) -> Loop: up to `limit` rounds.
 
-    The clients are shared out over the devices of `mesh`.
+    The clients are shared out over the devices of `mesh`; buffers hold `rounds_at_most` rounds.
     """
     num_clients = task.train.num_clients
 
     def clients(shared: tuple, each: tuple) -> ClientResult:
-        return jax.vmap(algorithm.client, in_axes=(None, None, 0, 0))(*shared, *each)
+        return jax.vmap(algorithm.client, in_axes=(None, None, 0, 0, 0))(*shared, *each)
 
     def exchange(
         state: ServerState, memory: Any, train: ClientData, root: keys.RootKeys
@@ -87,8 +92,9 @@ def make_advance(
             lambda key, c: data_batches.rows(key, train, c, batch_size, algorithm.local_steps)
         )(batch_keys, cohort)
         batches = placement.take(train.examples, rows, mesh)
+        own_keys = jax.vmap(lambda c: keys.own_key(root.own, r, c))(cohort)
         results = placement.over_devices(clients, mesh)(
-            (keys.round_key(root.shared, r), state), (_rows(memory, cohort), batches)
+            (keys.round_key(root.shared, r), state), (_rows(memory, cohort), batches, own_keys)
         )
         weights = jnp.ones(clients_per_round, jnp.float32)
         if weighting == "examples":
@@ -120,12 +126,24 @@ def make_advance(
             )
 
         record, _ = jax.eval_shape(exchange, state, memory, train, root)
-        buffers = jax.tree.map(lambda x: jnp.zeros((CAPACITY, *x.shape), x.dtype), record)
+        buffers = jax.tree.map(lambda x: jnp.zeros((rounds_at_most, *x.shape), x.dtype), record)
         loss = jnp.zeros((), record.loss.dtype)
         start = Loop(jnp.zeros((), jnp.int32), state, memory, buffers, jnp.ones((), bool), loss)
         return jax.lax.while_loop(lambda c: (c.done < limit) & c.healthy, body, start)
 
     return advance
+
+
+def capacity(broadcast: Any) -> int:
+    """Returns the most rounds in one dispatch, from the shapes of a broadcast.
+
+    >>> capacity(jax.ShapeDtypeStruct((4, 20), jnp.float32))
+    128
+    >>> capacity(jax.ShapeDtypeStruct((2**22,), jnp.float32))
+    4
+    """
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(broadcast))
+    return max(1, min(CAPACITY, BUFFER_BYTES // max(size, 1)))
 
 
 def make_replay(algorithm: Algorithm, impl: str) -> Callable[..., ServerState]:

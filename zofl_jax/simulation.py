@@ -81,8 +81,9 @@ class Simulator(NamedTuple):
       task, root, phases: what it was made from.
       sizes: the ledger's message sizes in each phase.
       broadcasts: the shapes and dtypes of a broadcast in each phase.
+      capacities: the most rounds in one dispatch in each phase, `rounds.CAPACITY` or fewer.
       start: params or None -> Progress at round 0; None draws them by `task.init`.
-      advance: (state, memory, n) -> (state, memory, Trace); n <= `rounds.CAPACITY`, all
+      advance: (state, memory, n) -> (state, memory, Trace); n <= the capacity, all
         in one phase. The state and memory given are consumed.
       evaluate: params -> {"loss": ..., "accuracy": ...}, means over the test set.
       replay: (state, seeds uint32 [n, words], broadcasts [n, ...]) -> state: the server's
@@ -100,6 +101,7 @@ class Simulator(NamedTuple):
     phases: tuple[Phase, ...]
     sizes: tuple[ledger.MessageSizes, ...]
     broadcasts: tuple[Any, ...]
+    capacities: tuple[int, ...]
     start: Callable[[Params | None], Progress]
     advance: Callable[[ServerState, Any, int], tuple[ServerState, Any, Trace]]
     evaluate: Callable[[Params], dict[str, float]]
@@ -186,11 +188,13 @@ def make_simulator(
 
     def advance(state: ServerState, memory: Any, n: int) -> tuple[ServerState, Any, Trace]:
         first_round = int(state.round)
-        phase = _phase_of(phases, first_round, n)
+        phase = phase_of(first_round, n)
         chosen = phases[phase].algorithm
         loop = compiler.call(
             ("advance", phase),
-            traced.make_advance(chosen, task, clients_per_round, batch_size, weighting, mesh),
+            traced.make_advance(
+                chosen, task, clients_per_round, batch_size, weighting, mesh, capacities[phase]
+            ),
             (place(state), place(memory), train, placed_root, np.int32(n)),
             donate=(0, 1),
         )
@@ -213,13 +217,14 @@ def make_simulator(
 
     def replay(state: ServerState, words: np.ndarray, broadcasts: Broadcast) -> ServerState:
         state = own(jax.tree.map(jnp.copy, placement.own_copy(state)))
-        for at in range(0, len(words), traced.CAPACITY):
+        at = 0
+        while at < len(words):
             first_round = int(state.round)
-            n = min(len(words) - at, traced.CAPACITY)
-            phase = _phase_of(phases, first_round, n)
+            most = capacities[phase_at(phases, first_round)]
+            n = min(len(words) - at, most)
+            phase = phase_of(first_round, n)
             buffers = jax.tree.map(
-                lambda x, at=at: _pad(x[at : at + traced.CAPACITY], traced.CAPACITY),
-                (words, broadcasts),
+                lambda x, at=at, most=most: _pad(x[at : at + most], most), (words, broadcasts)
             )
             state = compiler.call(
                 ("replay", phase),
@@ -232,7 +237,11 @@ def make_simulator(
                     f"the broadcast of round {int(state.round)} is not finite and can't be "
                     "replayed; replay up to an earlier round"
                 )
+            at += n
         return state
+
+    def phase_of(first_round: int, n: int) -> int:
+        return _phase_of(phases, capacities, first_round, n)
 
     @jax.jit
     def traced_cohorts(rounds: Array) -> Array:
@@ -258,16 +267,19 @@ def make_simulator(
             root.shared,
             params,
             _batches_shape(task, batch_size, phase.algorithm.local_steps),
+            clients_per_round,
         )
         for phase in phases
     ]
+    capacities = tuple(traced.capacity(shape.broadcast) for shape in shapes)
     weighted = weighting == "examples"
     return Simulator(
         task,
         root,
         phases,
         tuple(ledger.message_sizes(shape, root.shared, params, weighted) for shape in shapes),
-        tuple(broadcast for _, broadcast in shapes),
+        tuple(shape.broadcast for shape in shapes),
+        capacities,
         start,
         advance,
         evaluate,
@@ -332,6 +344,7 @@ def run(
         until = min([rounds, *(p.first_round for p in simulator.phases[phase + 1 :])])
         if eval_every:
             until = min(until, done - done % eval_every + eval_every)
+        dispatch = min(dispatch, simulator.capacities[phase])
         n = min(dispatch, until - done)
         compiled_before = simulator.compile_seconds()
         began = time.perf_counter()
@@ -339,7 +352,7 @@ def run(
         took = time.perf_counter() - began - (simulator.compile_seconds() - compiled_before)
         seconds += took
         if n == dispatch and took < DISPATCH_SECONDS / 2:
-            dispatch = min(2 * dispatch, traced.CAPACITY)
+            dispatch *= 2
 
         counted = [book.record(cohort, simulator.sizes[phase]) for cohort in trace.cohorts]
         losses.extend(trace.losses.tolist())
@@ -369,10 +382,10 @@ def phase_at(phases: Sequence[Phase], round_index: int) -> int:
     return sum(phase.first_round <= round_index for phase in phases) - 1
 
 
-def _phase_of(phases: Sequence[Phase], first_round: int, n: int) -> int:
-    if not 1 <= n <= traced.CAPACITY:
-        raise ValueError(f"a dispatch takes 1 to {traced.CAPACITY} rounds, got {n}")
+def _phase_of(phases: Sequence[Phase], capacities: Sequence[int], first_round: int, n: int) -> int:
     phase = phase_at(phases, first_round)
+    if not 1 <= n <= capacities[phase]:
+        raise ValueError(f"a dispatch takes 1 to {capacities[phase]} rounds, got {n}")
     if phase != phase_at(phases, first_round + n - 1):
         raise ValueError(f"rounds {first_round} to {first_round + n - 1} cross into a new phase")
     return phase

@@ -9,7 +9,8 @@ Round r, shared key s_r, cohort C_r, K local steps, P directions z[k,p] drawn fr
     server: broadcasts ḡ = mean_i g_i
     everyone, from x_r: the same K optimiser steps with ḡ in place of g_i
 
-The update after a client's last local step is never needed, so it is not computed.
+The update after a client's last local step is never needed, so it is not computed. With
+low-rank directions and a linear optimiser no client has params of its own: see `local_models.py`.
 Ref: arXiv 2405.15861, Algorithms 3 and 4 (Algorithm 5 with the `projection` estimator).
 """
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import aggregation, keys
+from zofl_jax import aggregation, keys, local_models
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -62,10 +63,11 @@ def decomfl(
     >>> f = lambda x, batch: 0.5 * jnp.sum(jnp.square(x - batch))
     >>> algorithm = decomfl(f, estimators.central_difference(4, 1e-3), optax.sgd(0.1))
     >>> state = algorithm.init(jnp.zeros(3))
-    >>> result = algorithm.client(jax.random.key(0), state, (), jnp.ones((1, 3)))
+    >>> key = jax.random.key(0)
+    >>> result = algorithm.client(key, state, (), jnp.ones((1, 3)), jax.random.key(1))
     >>> result.upload.shape
     (1, 4)
-    >>> int(algorithm.server(jax.random.key(0), state, result.upload).round)
+    >>> int(algorithm.server(key, state, result.upload).round)
     1
     """
     if local_steps < 1:
@@ -81,7 +83,11 @@ def decomfl(
     def init(params: Params) -> ServerState:
         return ServerState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def client(key: PRNGKey, state: ServerState, memory: tuple, batches: Batches) -> ClientResult:
+    def client(
+        key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
+    ) -> ClientResult:
+        del own_key  # every direction is shared
+
         def measure(k: Array | int, params: Params, batch: Batch) -> Estimate:
             return estimator.measure(loss_fn, keys.step_key(key, k), state.round, params, batch)
 
@@ -98,11 +104,27 @@ def decomfl(
             estimate = measure(k, params, batch)
             return (params, opt_state, estimate.scalars), estimate
 
-        rest = jax.tree.map(lambda b: b[1:], batches)
+        num_perturbations = estimator.num_perturbations
+        combine = estimator.perturbation.combine
+
+        def step_in_common(carry: tuple, inputs: tuple) -> tuple:
+            assert combine is not None
+            model, scalars = carry
+            k, batch = inputs
+            model = local_models.descend(
+                optimizer, model, (k - 1) * num_perturbations, scalars / num_perturbations
+            )
+            estimate = measure(k, combine(model.params, used, model.coefficients), batch)
+            return (model, estimate.scalars), estimate
+
+        rest = (jnp.arange(1, local_steps), jax.tree.map(lambda b: b[1:], batches))
         later: Estimate
-        _, later = jax.lax.scan(
-            step, (state.params, state.opt_state, scalars), (jnp.arange(1, local_steps), rest)
-        )
+        if combine is not None and local_models.is_linear(optimizer, state.params):
+            used = keys.directions_of_steps(key, local_steps - 1, num_perturbations)
+            model = local_models.start(optimizer, state.params, state.opt_state, used.size)
+            _, later = jax.lax.scan(step_in_common, (model, scalars), rest)
+        else:
+            _, later = jax.lax.scan(step, (state.params, state.opt_state, scalars), rest)
         upload = jnp.concatenate([scalars[None], later.scalars])
         return ClientResult(upload, memory, {"loss": (loss + later.loss.sum()) / local_steps})
 

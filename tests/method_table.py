@@ -1,0 +1,202 @@
+"""Every method of the library, one row each: what `test_contract.py` runs.
+
+A new method is one more row: how it is made for a loss and a step size, and the step sizes
+with which it descends on the digits and on a quadratic.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from zofl_jax import estimators, keys, perturbations
+from zofl_jax.algorithms import (
+    decomfl,
+    fedadagrad,
+    fedadam,
+    fedavg,
+    fedkseed,
+    fedsgd,
+    fedyogi,
+    fedzo,
+    feedsign,
+    hiso,
+    mezo,
+    scaffold,
+)
+from zofl_jax.compression import compressed, floats, integers, signs, top_k
+from zofl_jax.core import Algorithm, LossFn
+
+
+class Method(NamedTuple):
+    """One row.
+
+    Attributes:
+      make: (loss_fn, step size) -> the algorithm.
+      digits: its step size for softmax regression on the digits.
+      quadratic: its step size on a quadratic of 20 dimensions.
+      rounds: in which it takes a good part of the way on both.
+      clients: (population, cohort).
+    """
+
+    make: Callable[[LossFn, float], Algorithm]
+    digits: float
+    quadratic: float
+    rounds: int = 40
+    clients: tuple[int, int] = (8, 3)
+
+
+def _central(num_perturbations: int = 10, perturbation=None) -> estimators.Estimator:
+    return estimators.central_difference(num_perturbations, 1e-3, perturbation)
+
+
+def _hiso(loss: LossFn, rate: float, **options) -> Algorithm:
+    return hiso(loss, lambda z: _central(10, z), optax.sgd(rate), **options)
+
+
+def _fedkseed(loss: LossFn, rate: float, **options) -> Algorithm:
+    pool_key = keys.pool_key(keys.root(0).shared)
+    return fedkseed(loss, _central(1), rate, pool_key=pool_key, pool_size=512, **options)
+
+
+def _fedavg(loss: LossFn, rate: float, **options) -> Algorithm:
+    return fedavg(loss, optax.sgd(rate), local_steps=3, **options)
+
+
+SCALAR = {
+    "decomfl": Method(
+        lambda loss, rate: decomfl(loss, _central(), optax.sgd(rate)), digits=0.05, quadratic=0.1
+    ),
+    "decomfl, local steps and momentum": Method(
+        lambda loss, rate: decomfl(loss, _central(), optax.sgd(rate, momentum=0.9), local_steps=3),
+        digits=0.005,
+        quadratic=0.01,
+    ),
+    "decomfl, forward differences and Adam": Method(
+        lambda loss, rate: decomfl(
+            loss, estimators.forward_difference(5, 1e-3), optax.adam(rate), local_steps=2
+        ),
+        digits=0.01,
+        quadratic=0.05,
+    ),
+    "decomfl, projections on Rademacher directions": Method(
+        lambda loss, rate: decomfl(
+            loss, estimators.projection(10, perturbations.rademacher()), optax.sgd(rate)
+        ),
+        digits=0.05,
+        quadratic=0.1,
+    ),
+    "hiso": Method(_hiso, digits=0.02, quadratic=0.05),
+    "hiso, local steps, the last one's curvature": Method(
+        lambda loss, rate: _hiso(loss, rate, local_steps=2, learn_from="last"),
+        digits=0.01,
+        quadratic=0.03,
+    ),
+    "fedkseed": Method(
+        lambda loss, rate: _fedkseed(loss, rate, local_steps=10), digits=0.003, quadratic=0.02
+    ),
+    "fedkseed pro": Method(
+        lambda loss, rate: _fedkseed(loss, rate, local_steps=10, pro=True),
+        digits=0.003,
+        quadratic=0.02,
+    ),
+    "feedsign": Method(
+        lambda loss, rate: feedsign(loss, _central(), optax.sgd(rate)),
+        digits=0.05,
+        quadratic=0.1,
+        rounds=80,
+    ),
+    "feedsign, private": Method(
+        lambda loss, rate: feedsign(loss, _central(10), optax.sgd(rate), epsilon=2.0),
+        digits=0.1,
+        quadratic=0.2,
+        rounds=80,
+    ),
+    "mezo": Method(
+        lambda loss, rate: mezo(loss, 1e-3, optax.sgd(rate)),
+        digits=0.005,
+        quadratic=0.05,
+        rounds=150,
+        clients=(1, 1),
+    ),
+    "decomfl in float16": Method(
+        lambda loss, rate: compressed(
+            decomfl(loss, _central(), optax.sgd(rate)), floats(jnp.float16)
+        ),
+        digits=0.05,
+        quadratic=0.1,
+    ),
+    "decomfl in bfloat16, stochastic": Method(
+        lambda loss, rate: compressed(
+            decomfl(loss, _central(), optax.sgd(rate)), floats(jnp.bfloat16, stochastic=True)
+        ),
+        digits=0.05,
+        quadratic=0.1,
+    ),
+    "decomfl in int8": Method(
+        lambda loss, rate: compressed(decomfl(loss, _central(), optax.sgd(rate)), integers(8)),
+        digits=0.05,
+        quadratic=0.1,
+    ),
+}
+
+DENSE = {
+    "fedzo": Method(
+        lambda loss, rate: fedzo(loss, _central(), optax.sgd(rate), local_steps=2),
+        digits=0.05,
+        quadratic=0.1,
+    ),
+    "fedsgd": Method(lambda loss, rate: fedsgd(loss, optax.sgd(rate)), digits=0.1, quadratic=0.5),
+    "fedavg": Method(_fedavg, digits=0.1, quadratic=0.2),
+    "fedprox": Method(
+        lambda loss, rate: _fedavg(loss, rate, proximal=0.1), digits=0.1, quadratic=0.2
+    ),
+    "fedadam": Method(
+        lambda loss, rate: fedadam(loss, optax.sgd(rate), 0.03, local_steps=3),
+        digits=0.1,
+        quadratic=0.2,
+    ),
+    "fedyogi": Method(
+        lambda loss, rate: fedyogi(loss, optax.sgd(rate), 0.03, local_steps=3),
+        digits=0.1,
+        quadratic=0.2,
+    ),
+    "fedadagrad": Method(
+        lambda loss, rate: fedadagrad(loss, optax.sgd(rate), 0.1, local_steps=3),
+        digits=0.1,
+        quadratic=0.2,
+    ),
+    "scaffold": Method(
+        lambda loss, rate: scaffold(loss, rate, share=3 / 8, local_steps=3),
+        digits=0.1,
+        quadratic=0.2,
+    ),
+    "fedavg, top-k with error feedback": Method(
+        lambda loss, rate: compressed(_fedavg(loss, rate), top_k(0.1), error_feedback=True),
+        digits=0.1,
+        quadratic=0.2,
+    ),
+    "fedavg, QSGD": Method(
+        lambda loss, rate: compressed(_fedavg(loss, rate), integers(4, scale="norm", bucket=64)),
+        digits=0.1,
+        quadratic=0.2,
+    ),
+    "fedcom": Method(
+        lambda loss, rate: compressed(_fedavg(loss, rate), integers(8)),
+        digits=0.1,
+        quadratic=0.2,
+    ),
+    "fedavg, signs with error feedback": Method(
+        lambda loss, rate: compressed(_fedavg(loss, rate), signs(), error_feedback=True),
+        digits=0.1,
+        quadratic=0.2,
+    ),
+    "signsgd": Method(
+        lambda loss, rate: compressed(fedsgd(loss, optax.sgd(rate)), signs(magnitude=False)),
+        digits=0.01,
+        quadratic=0.05,
+    ),
+}
+
+METHODS = SCALAR | DENSE

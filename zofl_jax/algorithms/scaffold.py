@@ -1,0 +1,126 @@
+"""SCAFFOLD: control variates against client drift (Karimireddy et al. 2020).
+
+The server keeps c, client i keeps c_i, estimates of ∇f and ∇f_i:
+
+    client i:  y ← y − η (∇f_i(y; ξ_k) − c_i + c)   for K local steps from y = x
+               c_i⁺ = c_i − c + (x − y) / (K η)      (option II)
+               uploads x − y and c_i⁺ − c_i, twice as many numbers as there are params
+    server:    x ← x − η_g mean(x − y),   c ← c + (|S| / N) mean(c_i⁺ − c_i)
+
+Ref: arXiv 1910.06378, Algorithm 1.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from zofl_jax import aggregation
+from zofl_jax.algorithms.local_training import Trained, difference, exact, train
+from zofl_jax.batching import at_once
+from zofl_jax.core import (
+    Algorithm,
+    Array,
+    Batches,
+    Broadcast,
+    ClientResult,
+    LossFn,
+    Params,
+    PRNGKey,
+    ServerState,
+    Sync,
+    Upload,
+)
+
+
+def scaffold(
+    loss_fn: LossFn,
+    learning_rate: float,
+    *,
+    share: float,
+    local_steps: int = 1,
+    server_rate: float = 1.0,
+    aggregate: Callable[[Upload, Array], Broadcast] = aggregation.mean,
+    clients_at_once: int | None = None,
+) -> Algorithm:
+    """Returns SCAFFOLD as an `Algorithm`; clients remember c_i.
+
+    Args:
+      loss_fn: (params, batch) -> mean loss, differentiable.
+      learning_rate: η > 0 of the clients.
+      share: |S| / N in (0, 1], the cohort's share of the population.
+      local_steps: K >= 1.
+      server_rate: η_g > 0.
+      aggregate: (uploads [C, ...], weights [C]) -> broadcast.
+      clients_at_once: how many clients of a vmap are trained at once, see `batching.at_once`.
+
+    Raises:
+      ValueError: for arguments out of range.
+
+    >>> f = lambda x, batch: 0.5 * jnp.sum(jnp.square(x - batch))
+    >>> algorithm = scaffold(f, 0.5, share=0.1, local_steps=2)
+    >>> state, key = algorithm.init(jnp.zeros(3)), jax.random.key(0)
+    >>> result = algorithm.client(key, state, jnp.zeros(3), jnp.ones((2, 3)), key)
+    >>> result.memory.tolist()
+    [-0.75, -0.75, -0.75]
+    """
+    for name, value in (("learning_rate", learning_rate), ("server_rate", server_rate)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share}")
+    if local_steps < 1:
+        raise ValueError(f"local_steps must be >= 1, got {local_steps}")
+
+    gradient = exact(loss_fn)
+
+    def descend(key: PRNGKey, state: ServerState, control: Params, batches: Batches) -> Trained:
+        def towards_all(slope: Params, y: Params) -> Params:
+            del y
+            return jax.tree.map(lambda g, own, c: g - own + c, slope, control, state.opt_state)
+
+        return train(
+            gradient,
+            optax.sgd(learning_rate),
+            key,
+            state.round,
+            state.params,
+            batches,
+            towards_all,
+        )
+
+    def client(
+        key: PRNGKey, state: ServerState, memory: Params, batches: Batches, own_key: PRNGKey
+    ) -> ClientResult:
+        del own_key
+        trained = at_once(descend, clients_at_once)(key, state, memory, batches)
+        moved = difference(state.params, trained.params)
+        scale = 1 / (local_steps * learning_rate)
+        control = jax.tree.map(
+            lambda own, c, m: own - c + scale * m, memory, state.opt_state, moved
+        )
+        upload = {"params": moved, "control": difference(control, memory)}
+        return ClientResult(upload, control, {"loss": trained.loss})
+
+    def server(key: PRNGKey, state: ServerState, broadcast: Broadcast) -> ServerState:
+        del key
+        params = jax.tree.map(lambda x, m: x - server_rate * m, state.params, broadcast["params"])
+        control = jax.tree.map(lambda c, d: c + share * d, state.opt_state, broadcast["control"])
+        return ServerState(params, control, state.round + 1)
+
+    return Algorithm(
+        init=lambda params: ServerState(
+            params, jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32)
+        ),
+        client=client,
+        aggregate=aggregate,
+        server=server,
+        local_steps=local_steps,
+        init_memory=lambda params: jax.tree.map(jnp.zeros_like, params),
+        sync=Sync(
+            message=lambda state: (state.params, state.opt_state),
+            restore=lambda state, message: state._replace(params=message[0], opt_state=message[1]),
+            alone=True,
+        ),
+    )
