@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-import jax
 from absl import flags
 
 from experiments.entry import UserError
@@ -84,13 +83,14 @@ def run(
         if team.broken:
             _leave("the processes lost step with each other")
         raise
-    except jax.errors.JaxRuntimeError as error:
-        _leave(
-            f"process {team.index} lost another one, or failed in a round; the same command goes "
-            f"on from the last logged round ({str(error).splitlines()[0]})"
-        )
-    except Exception:
-        # At its end JAX would wait for the others, and they for this one.
+    except Exception as error:
+        # At its end JAX would wait for the others, and they for this one. A lost connection is
+        # of this or that type, whichever call met it.
+        if team.broken:
+            _leave(
+                f"process {team.index} lost another one, or failed in a round; the same command "
+                f"goes on from the last logged round ({str(error).strip().splitlines()[:1]})"
+            )
         traceback.print_exc()
         _leave(f"process {team.index} failed")
 
