@@ -89,7 +89,7 @@ def run(
         if team.broken:
             _leave(
                 f"process {team.index} lost another one, or failed in a round; the same command "
-                f"goes on from the last logged round ({str(error).strip().splitlines()[:1]})"
+                f"goes on from the last logged round ({str(error).partition(chr(10))[0]})"
             )
         traceback.print_exc()
         _leave(f"process {team.index} failed")
