@@ -4,6 +4,9 @@
 
 The run directory (`--workdir`) holds the flags, the log, snapshots, `summary.json` and the
 figures. The same command again resumes a stopped run, to the same bits.
+
+With `--distributed` the same command runs on every host of a TPU pod or a GPU cluster, and
+process 0 alone does all that is not rounds; `experiments.launch_local` tries it on one machine.
 """
 
 import functools
@@ -25,8 +28,9 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import config, entry, tuning
+from experiments import config, distributed, entry, tuning
 from zofl_jax import diagnostics, divergence, ledger, passes, plots, recording, simulation
+from zofl_jax.processes import Team
 from zofl_jax.runs import Run, RunError, open_run, read_flags
 from zofl_jax.tasks import objectives
 
@@ -39,7 +43,7 @@ flags.DEFINE_integer(
     "devices",
     None,
     "Devices that the clients of a round are shared out over. Unless given, all accelerators; on a "
-    "CPU its cores for convolutional models, 1 for others.",
+    "CPU its cores for convolutional models, 1 for others. With --distributed, of each process.",
     lower_bound=1,
 )
 flags.DEFINE_bool(
@@ -74,9 +78,26 @@ def main() -> None:
     """Runs the experiment that the flags describe."""
     values = config.resolve()
     check_diagnose_every(values)
+    if FLAGS.distributed:
+        if FLAGS.auto_lr:
+            raise entry.UserError(
+                "--auto_lr probes in one process: find the rate without --distributed, then give "
+                "it as --learning_rate"
+            )
+        distributed.run(
+            {**values, "devices": FLAGS.devices},
+            lead=lambda team: _main(values, team),
+            simulator=lambda: config.build(values, FLAGS.devices).simulator,
+        )
+    else:
+        _main(values)
+
+
+def _main(values: dict[str, Any], team: Team | None = None) -> None:
     workdir = Path(FLAGS.workdir or default_workdir(values, FLAGS.auto_lr)).expanduser()
     # A new run is built before its directory is made, so that a mistake leaves nothing.
-    experiment = None if workdir.exists() else config.build(values, FLAGS.devices)
+    build = team or not workdir.exists()
+    experiment = config.build(values, FLAGS.devices, team) if build else None
     if FLAGS.auto_lr and (workdir / "flags.json").exists():
         values["learning_rate"] = read_flags(workdir)["learning_rate"]
     elif FLAGS.auto_lr:
