@@ -114,7 +114,10 @@ _NEEDS: dict[str, tuple[str, Callable[[Values], bool]]] = {
     "attack_size": (f"--attack={' or '.join(ATTACK_SIZES)}", lambda v: v["attack"] in ATTACK_SIZES),
     "dp_clip": ("--dp", lambda v: v["dp"] != "none"),
     "dp_noise": ("--dp", lambda v: v["dp"] != "none"),
-    "dp_delta": ("--dp", lambda v: v["dp"] != "none"),
+    "dp_delta": (
+        "--dp or --feedsign_epsilon",
+        lambda v: v["dp"] != "none" or v["feedsign_epsilon"] is not None,
+    ),
     "secure_bits": ("--secure_sum", lambda v: v["secure_sum"]),
     "secure_largest": ("--secure_sum", lambda v: v["secure_sum"]),
     "time_spread": ("a --deadline", lambda v: v["deadline"] is not None),
@@ -231,11 +234,17 @@ def epsilon(values: Values, task: Task) -> Callable[[ledger.Ledger], float] | No
     """Returns what tells the ε spent, None without privacy.
 
     Of examples it is an upper bound for all clients: that of the smallest client, had it taken
-    part as often as the busiest.
+    part as often as the busiest. Of the private form of feedsign it is that of the busiest.
 
     Raises:
       ImportError: without the package dp-accounting.
     """
+    if values["feedsign_epsilon"] is not None and values["algorithm"] == "feedsign":
+        one, count, at = values["feedsign_epsilon"], values["num_perturbations"], values["dp_delta"]
+        privacy.bit_epsilon(1, epsilon=one, delta=at)
+        return lambda book: privacy.bit_epsilon(
+            count * int(book.times.max()), epsilon=one, delta=at
+        )
     if values["dp"] == "none":
         return None
     noise, delta = values["dp_noise"], values["dp_delta"]
@@ -319,6 +328,8 @@ def _check_privacy(values: dict[str, Any], given: set[str]) -> None:
                 f"--attack={values['attack']} is not possible with --dp=client: malicious clients "
                 "add no noise, and ε would be wrong; leave one of them out"
             )
+    if dp == "example" and values["feedsign_epsilon"] is not None:
+        raise ValueError("--dp=example and --feedsign_epsilon are two accounts: choose one of them")
     if dp == "example":
         if name in FIRST_ORDER:
             raise ValueError(

@@ -11,7 +11,7 @@ from absl.testing import flagsaver
 
 from experiments import conditions, config, methods
 from experiments.entry import UserError
-from zofl_jax import simulation
+from zofl_jax import ledger, privacy, simulation
 
 SMALL = ("--num_clients=6", "--clients_per_round=5", "--batch_size=8", "--perturbation=rademacher")
 
@@ -86,8 +86,6 @@ def test_private_examples(quick_compile):
     simulator, progress = ran("--dp=example", "--dp_noise=4", "--local_steps=2", rounds=2)
     spent = progress.history[-1].epsilon
     smallest = int(np.diff(np.asarray(simulator.task.train.offsets)).min())
-    from zofl_jax import privacy
-
     assert spent == privacy.example_epsilon(
         2 * int(progress.ledger.times.max()),
         noise_multiplier=4.0,
@@ -95,6 +93,16 @@ def test_private_examples(quick_compile):
         num_examples=smallest,
         delta=1e-5,
     )
+
+
+def test_the_private_bits_of_feedsign_are_accounted_for():
+    values = resolve("--algorithm=feedsign", "--feedsign_epsilon=0.5", "--num_perturbations=2")
+    spent = conditions.epsilon(values, plain().task)
+    book = ledger.Ledger(20)
+    sizes = plain().sizes[0]
+    for cohort in ([0, 1], [1, 2], [1, 5]):
+        book.record(cohort, sizes)
+    assert spent(book) == privacy.bit_epsilon(6, epsilon=0.5, delta=1e-5)
 
 
 def test_clients_that_come_and_go(quick_compile):

@@ -211,6 +211,17 @@ def test_rounds_with_fewer_clients_spend_more():
     assert privacy.client_epsilon({10: 1}, **options | {"noise_multiplier": 0.0}) == math.inf
 
 
+def test_private_bits_spend_what_composition_says():
+    """At most the sum of their ε, and of many of them much less."""
+    few = privacy.bit_epsilon(3, epsilon=0.1, delta=1e-9)
+    assert few <= 3 * 0.1 + 1e-12
+    many = privacy.bit_epsilon(1000, epsilon=0.1, delta=1e-5)
+    # Dwork, Rothblum, Vadhan 2010: ε √(2 n log 1/δ) + n ε (exp ε − 1).
+    advanced = 0.1 * math.sqrt(2000 * math.log(1e5)) + 1000 * 0.1 * (math.exp(0.1) - 1)
+    assert 0.3 * advanced < many < advanced < 100
+    assert privacy.bit_epsilon(0, epsilon=0.1, delta=1e-5) == 0
+
+
 def test_what_accounting_needs_is_said(monkeypatch):
     imported = builtins.__import__
 
@@ -267,6 +278,7 @@ def test_the_largest_numbers_that_fit_do_not_overflow():
         (lambda: privacy.example_level(None, 1.0, 1.0, 0), "batch_size must be >= 1, got 0"),
         (lambda: privacy.fixed_point(sending(0), -1, 1.0, 5), "must be >= 0, got -1"),
         (lambda: privacy.fixed_point(sending(0), 1, 0.0, 5), "must be positive, got 0.0"),
+        (lambda: privacy.bit_epsilon(1, epsilon=0.0, delta=0.1), "must be positive and finite"),
         (
             lambda: privacy.client_epsilon(
                 {1: 1}, noise_multiplier=1.0, clients_per_round=1, num_clients=1, delta=1.0

@@ -203,6 +203,31 @@ def example_epsilon(
     return _epsilon([(noise_multiplier / 2, batch_size, num_examples, steps)], delta)
 
 
+def bit_epsilon(bits: int, *, epsilon: float, delta: float) -> float:
+    """Returns the ε at δ that private bits of one client have spent, see `feedsign`.
+
+    Each bit is flipped with probability 1 / (1 + exp ε₀), randomised response, and is known to
+    the server: sampling does not help.
+
+    Args:
+      bits: that the client has sent: P a round that it took part in.
+      epsilon: ε₀ > 0 of each.
+      delta: δ in (0, 1).
+
+    Raises:
+      ValueError: for numbers out of range.
+      ImportError: without the package dp-accounting.
+    """
+    _check_delta(delta)
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"the epsilon of a bit must be positive and finite, got {epsilon}")
+    if not bits:
+        return 0.0
+    # The library's parameter: how often the answer is drawn at random, half of which are flips.
+    event = _library().RandomizedResponseDpEvent(2 / (1 + math.exp(epsilon)), 2)
+    return min(bits * epsilon, _composed([(event, bits)], delta))
+
+
 def fixed_point(
     algorithm: Algorithm, bits: int, largest: float, clients_per_round: int
 ) -> Algorithm:
@@ -280,18 +305,28 @@ def _with_noise(key: PRNGKey, tree: Any, deviation: float) -> Any:
 
 def _epsilon(parts: list[tuple[float, int, int, int]], delta: float) -> float:
     """Returns ε of (noise multiplier, sample, population, times), each of sensitivity 1."""
-    if not any(times for *_, times in parts):
-        return 0.0
+    dp = _library()
     if any(times and not multiplier for multiplier, _, _, times in parts):
         return math.inf
+    events = []
+    for multiplier, sample, population, times in parts:
+        event = dp.GaussianDpEvent(multiplier)
+        if sample < population:
+            event = dp.SampledWithoutReplacementDpEvent(population, sample, event)
+        if times:
+            events.append((event, times))
+    return _composed(events, delta)
+
+
+def _composed(events: list[tuple[Any, int]], delta: float) -> float:
+    """Returns ε of events of dp-accounting, each so many times."""
+    if not events:
+        return 0.0
     dp = _library()
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
-    for multiplier, sample, population, times in parts:
-        event: Any = dp.GaussianDpEvent(multiplier)
-        if sample < population:
-            event = dp.SampledWithoutReplacementDpEvent(population, sample, event)
+    for event, times in events:
         accountant.compose(event, times)
     return float(accountant.get_epsilon(delta))
 
