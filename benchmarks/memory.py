@@ -2,12 +2,12 @@
 
     python -m benchmarks.memory --out=benchmarks/results/memory.json
 
-Two figures, both without the bound's own activations (the temporaries of one forward pass of the
-clients that are evaluated at once) and in units of the params: what the compiler says a round
-needs, arguments, results and temporaries; and the peak of a process during its second round, less
-what it held beside its arrays before that round (with one direction and short texts, which change
-no array of the params' size). Clients are evaluated two at a time, so that their number changes
-nothing.
+Two figures, both in units of the params and without the bound's own activations (the temporaries of
+one forward pass of as many examples as the round evaluates at once: low rank evaluates all its
+perturbed models together): what the compiler says a round needs, arguments, results and
+temporaries; and the peak of a process during its second round, less what it held beside its arrays
+before that round (with one direction and short texts, which change no array of the params' size).
+Clients are evaluated two at a time, so that their number changes nothing.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def compiled_peak(work: Work, variant: str, prng_impl: str) -> dict[str, Any]:
     state = jax.eval_shape(algorithm.init, params)
     args = (state, (), work.task.train, keys.root(0, prng_impl), np.int32(1))
     peak = compilation.memory_bytes(compilation.compiled(advance, args, donate=(0, 1)))
-    size, activations = ledger.tree_bytes(params), forward_temporaries(work)
+    size, activations = ledger.tree_bytes(params), forward_temporaries(work, variant)
     return {
         "params_bytes": size,
         "activations_bytes": activations,
@@ -108,10 +108,11 @@ def compiled_peak(work: Work, variant: str, prng_impl: str) -> dict[str, Any]:
     }
 
 
-def forward_temporaries(work: Work) -> int:
-    """Returns the temporaries of a forward pass of the clients evaluated at once, in bytes."""
+def forward_temporaries(work: Work, variant: str) -> int:
+    """Returns the temporaries of a forward pass of what the round evaluates at once, in bytes."""
     params = jax.eval_shape(work.task.init, jax.random.key(0))
-    size = work.batch * AT_ONCE
+    models = work.perturbations_at_once or work.num_perturbations + 1
+    size = work.batch * AT_ONCE * (models if variant == "low_rank" else 1)
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), work.task.test
     )
@@ -131,7 +132,7 @@ def process_peak(work: Work, variant: str, prng_impl: str) -> dict[str, Any]:
     jax.block_until_ready(state)
     return {
         "process_peak_bytes": measuring.status_bytes("VmHWM") - beside,
-        "process_activations_bytes": forward_temporaries(work),
+        "process_activations_bytes": forward_temporaries(work, variant),
     }
 
 

@@ -30,7 +30,7 @@ from absl import flags
 from absl.testing import flagsaver
 from matplotlib.figure import Figure
 
-from experiments import comparison, config, entry, train
+from experiments import comparison, config, entry, report, train
 from zofl_jax.run_files import temporary_path, write_atomically
 from zofl_jax.runs import open_run
 
@@ -85,7 +85,7 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
 
     first = methods[0].values
-    title = f"{first['task']}, {train.model_name(first)}"
+    title = f"{first['task']}, {report.model_name(first)}"
     heading = (
         f"Methods on {title}: {first['num_clients']} clients, {len(seeds)} seeds; of "
         f"{len(factors)} learning rates the one of the best accuracy with seed {seeds[0]}. Costs "

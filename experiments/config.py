@@ -29,6 +29,7 @@ from zofl_jax import (
 from zofl_jax.core import ServerState, Task
 from zofl_jax.data import partition, sources, tfds
 from zofl_jax.models import cnn, mlp
+from zofl_jax.processes import Team
 from zofl_jax.runs import open_run
 from zofl_jax.tasks import benchmarks, objectives, quadratic, vision
 
@@ -202,14 +203,16 @@ def resolve() -> dict[str, Any]:
 
 
 @_as_user_errors()
-def build(values: Values, devices: int | None = None) -> Experiment:
+def build(values: Values, devices: int | None = None, team: Team | None = None) -> Experiment:
     """Returns the task and the simulator that flags describe.
 
     Args:
       values: from `resolve`.
       devices: how many devices the cohort is shared out over. Unless given, all accelerators;
         on a CPU as many as it has cores for convolutional models, which use one thread a
-        device, and one for others, whose products use all cores.
+        device, and one for others, whose products use all cores. Of each process, where there
+        are several.
+      team: the processes that this one leads; None if there are no others.
 
     Raises:
       UserError: for data that is missing or malformed, or flags that don't fit it.
@@ -241,6 +244,8 @@ def build(values: Values, devices: int | None = None) -> Experiment:
             dataset.train["label"], order, offsets, dataset.num_classes
         )
     simulator = _simulator(values, task, mesh)
+    if team:
+        simulator = team.lead(simulator)
     notes = _notes(values, simulator)
     return Experiment(task, simulator, label_counts, minimum, built_language, notes)
 
@@ -320,13 +325,14 @@ def _simulator(values: Values, task: Task, mesh: Mesh | None) -> simulation.Simu
 def _mesh(values: Values, devices: int | None) -> Mesh | None:
     one = devices is None and values["model"] not in CONVOLUTIONAL
     placement.use_cpu_devices(1 if one else devices)
-    found = jax.local_devices()
+    found = jax.local_devices()  # as many in each process, see `processes.join`
     if one and found[0].platform == "cpu":
         devices = 1
     if devices is not None and devices > len(found):
         raise ValueError(f"--devices={devices}: there are only {len(found)}")
     wanted = len(found) if devices is None else devices
-    return placement.clients_mesh(found[: min(wanted, values["clients_per_round"])])
+    busy = math.ceil(values["clients_per_round"] / jax.process_count())
+    return placement.clients_mesh(placement.devices_of_each_process(min(wanted, busy)))
 
 
 @functools.lru_cache(maxsize=1)  # runs of a comparison share it

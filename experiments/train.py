@@ -4,18 +4,18 @@
 
 The run directory (`--workdir`) holds the flags, the log, snapshots, `summary.json` and the
 figures. The same command again resumes a stopped run, to the same bits.
+
+With `--distributed` the same command runs on every host of a TPU pod or a GPU cluster, and
+process 0 alone does all that is not rounds; `experiments.launch_local` tries it on one machine.
 """
 
 import functools
 import hashlib
-import importlib.metadata
 import json
-import math
-import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,9 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import config, entry, tuning
-from zofl_jax import diagnostics, divergence, ledger, passes, plots, recording, simulation
+from experiments import config, distributed, entry, report, tuning
+from zofl_jax import diagnostics, divergence, ledger, plots, recording, simulation
+from zofl_jax.processes import Team
 from zofl_jax.runs import Run, RunError, open_run, read_flags
 from zofl_jax.tasks import objectives
 
@@ -39,7 +40,7 @@ flags.DEFINE_integer(
     "devices",
     None,
     "Devices that the clients of a round are shared out over. Unless given, all accelerators; on a "
-    "CPU its cores for convolutional models, 1 for others.",
+    "CPU its cores for convolutional models, 1 for others. With --distributed, of each process.",
     lower_bound=1,
 )
 flags.DEFINE_bool(
@@ -74,9 +75,26 @@ def main() -> None:
     """Runs the experiment that the flags describe."""
     values = config.resolve()
     check_diagnose_every(values)
+    if FLAGS.distributed:
+        if FLAGS.auto_lr:
+            raise entry.UserError(
+                "--auto_lr probes in one process: find the rate without --distributed, then give "
+                "it as --learning_rate"
+            )
+        distributed.run(
+            {**values, "devices": FLAGS.devices},
+            lead=lambda team: _main(values, team),
+            simulator=lambda: config.build(values, FLAGS.devices).simulator,
+        )
+    else:
+        _main(values)
+
+
+def _main(values: dict[str, Any], team: Team | None = None) -> None:
     workdir = Path(FLAGS.workdir or default_workdir(values, FLAGS.auto_lr)).expanduser()
     # A new run is built before its directory is made, so that a mistake leaves nothing.
-    experiment = None if workdir.exists() else config.build(values, FLAGS.devices)
+    build = team or not workdir.exists()
+    experiment = config.build(values, FLAGS.devices, team) if build else None
     if FLAGS.auto_lr and (workdir / "flags.json").exists():
         values["learning_rate"] = read_flags(workdir)["learning_rate"]
     elif FLAGS.auto_lr:
@@ -90,7 +108,7 @@ def main() -> None:
         if ended:
             print(f"The run in {run.path} is complete; give more --rounds to go on.\n")
         outcome = ended or train(run, values, experiment, lambda done: _bar(values, done))
-        _print_table(outcome.summary)
+        report.print_table(outcome.summary)
         if not ended:
             print(f"\nFigures, log and summary are in {run.path}")
     if outcome.failure:
@@ -119,14 +137,9 @@ def default_workdir(values: config.Values, auto_lr: bool = False) -> Path:
     fixed = {name: value for name, value in values.items() if name not in MAY_CHANGE}
     fixed |= {"auto_lr": True} if auto_lr else {}
     digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
-    task, model = (re.sub(r"[^\w.-]+", "_", name) for name in (values["task"], model_name(values)))
+    names = values["task"], report.model_name(values)
+    task, model = (re.sub(r"[^\w.-]+", "_", name) for name in names)
     return Path("runs") / f"{task}-{model}-{values['algorithm']}-{digest}"
-
-
-def model_name(values: config.Values) -> str:
-    """Returns the model's name for people: that of its file, where it is one."""
-    kind, _, place = values["model"].partition(":")
-    return Path(place).stem if kind == "gguf" else place or kind
 
 
 def finished(run: Run, values: config.Values) -> Outcome | None:
@@ -250,7 +263,7 @@ def train(
         if writer:
             writer.close()
     recording.save_snapshot(run, progress)
-    summary = summarise(values, experiment, progress)
+    summary = report.summarise(values, experiment, progress)
     seconds = {at: found.get(recording.RUN_SECONDS) for at, found in run.log.metrics().items()}
     summary["history_seconds"] = [seconds.get(row["round"]) for row in summary["history"]]
     summary["total_seconds"] = time.perf_counter() - began
@@ -267,7 +280,7 @@ def train(
     if FLAGS.diagnose_every:
         summary["diagnoses"] = recording.diagnoses(run)
     if figures:
-        _save_figures(run, experiment.task.name, summary)
+        report.save_figures(run, experiment.task.name, summary)
     run.write_summary(summary)
     return Outcome(summary, summary.get("failure"))
 
@@ -297,123 +310,6 @@ def _diagnose(
         recording.write_diagnosis(run, done, found)
 
     return diagnose
-
-
-def summarise(
-    values: config.Values, experiment: config.Experiment, progress: simulation.Progress
-) -> dict[str, Any]:
-    """Returns the contents of `summary.json`."""
-    book, history = progress.ledger, [record.row() for record in progress.history]
-    computed = functools.partial(
-        passes.total, experiment.simulator.phases, clients_per_round=values["clients_per_round"]
-    )
-    for row in history:
-        spent = computed(row["round"])
-        row |= {"forward_passes": spent.forward, "backward_passes": spent.backward}
-    last: dict[str, Any] = history[-1] if history else {}
-    accuracies = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
-    rounds_done = book.num_rounds
-    params = progress.state.params
-    return {
-        "algorithm": values["algorithm"],
-        "task": values["task"],
-        "model": values["model"],
-        "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "rounds": rounds_done,
-        "test_accuracy": last.get("test_accuracy"),
-        "test_loss": last.get("test_loss"),
-        "best_test_accuracy": max(accuracies, default=None),
-        "minimum_loss": experiment.minimum,
-        "history": history,
-        "messages_rejected": book.rejected,
-        "epsilon": last.get("epsilon"),
-        "delta": values["dp_delta"] if last.get("epsilon") is not None else None,
-        "num_clients": book.num_clients,
-        "bytes_up_per_client": book.per_client(book.totals.up),
-        "bytes_down_per_client": book.per_client(book.totals.down),
-        "bytes_seed_per_client": book.per_client(book.totals.seed),
-        "bytes_broadcast_per_client": book.per_client(book.totals.broadcast),
-        "bytes_catch_up_per_client": book.per_client(book.totals.catch_up),
-        "bytes_first_sync_per_client": book.per_client(book.totals.first_sync),
-        "bytes_fedavg_per_client": book.per_client(book.dense_bytes),
-        "forward_passes": computed(rounds_done).forward,
-        "backward_passes": computed(rounds_done).backward,
-        "memory_bytes": experiment.simulator.memory_bytes(),
-        "compile_seconds": experiment.simulator.compile_seconds(),
-        "run_seconds": progress.run_seconds,
-        "seconds_per_round": progress.run_seconds / max(rounds_done, 1),
-        "device": f"{jax.devices()[0].device_kind} x {experiment.simulator.num_devices}",
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Returns the releases that a result depends on."""
-    names = ("zofl-jax", "jax", "jaxlib", "flax", "optax", "numpy")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found}
-
-
-def _save_figures(run: Run, task_name: str, summary: dict[str, Any]) -> None:
-    if not summary["history"]:
-        return
-    title = f"{summary['algorithm']} on {task_name} ({model_name(summary)})"
-    run.save_figure("rounds.png", plots.accuracy_against_rounds(summary["history"], title))
-    dense = summary["bytes_fedavg_per_client"] * summary["num_clients"] / summary["rounds"]
-    run.save_figure("bytes.png", plots.accuracy_against_bytes(summary["history"], dense, title))
-
-
-def _print_table(summary: dict[str, Any]) -> None:
-    """Prints the last evaluations and what was sent."""
-    print(
-        f"{summary['algorithm']} on {summary['task']}: {model_name(summary)}, "
-        f"{summary['num_params']:,} params, {summary['num_clients']} clients"
-    )
-    print(
-        f"{'round':>7} {'train loss':>11} {'test loss':>10} {'accuracy':>9} {'up':>9} {'down':>9}"
-    )
-    history = summary["history"]
-    # Ten rows, evenly spread, the last one included.
-    step = max(1, math.ceil(len(history) / 10))
-    for row in history[::-1][::step][::-1]:
-        accuracy = "" if row["test_accuracy"] is None else f"{row['test_accuracy']:.4f}"
-        clients = summary["num_clients"]
-        print(
-            f"{row['round']:>7} {row['train_loss']:>11.4g} {row['test_loss']:>10.4g} "
-            f"{accuracy:>9} {plots.human_bytes(row['bytes_up'] / clients):>9} "
-            f"{plots.human_bytes(row['bytes_down'] / clients):>9}"
-        )
-    _print_diagnoses(summary.get("diagnoses", []))
-    up, down = summary["bytes_up_per_client"], summary["bytes_down_per_client"]
-    dense = summary["bytes_fedavg_per_client"]
-    print(
-        f"A client sent {plots.human_bytes(up)} and received {plots.human_bytes(down)} (of these "
-        f"{plots.human_bytes(summary['bytes_catch_up_per_client'])} catching up and "
-        f"{plots.human_bytes(summary['bytes_first_sync_per_client'])} for the initial model).\n"
-        f"Exchanging the model instead (FedAvg) would have cost it {plots.human_bytes(dense)}: "
-        f"{dense / max(up + down, 1):.1f} times as much.\n"
-        f"{summary['seconds_per_round'] * 1e3:.3g} ms a round on {summary['device']}; "
-        f"compilation took {summary['compile_seconds']:.1f} s."
-    )
-    if summary.get("messages_rejected"):
-        print(f"The server rejected {summary['messages_rejected']} messages.")
-    if summary.get("epsilon") is not None:
-        print(f"Privacy spent: ε = {summary['epsilon']:.3g} at δ = {summary['delta']:g}.")
-
-
-def _print_diagnoses(rows: Sequence[Mapping[str, Any]]) -> None:
-    columns = {
-        "effective_rank": "effective rank",
-        "top_eigenvalue": "top eigenvalue",
-        "snr": "SNR",
-        "stability": "stability",
-        "client_variance": "client variance",
-    }
-    if rows:
-        print(f"{'round':>7} " + " ".join(f"{title:>15}" for title in columns.values()))
-    for row in rows:
-        shown = [math.nan if row[name] is None else row[name] for name in columns]
-        print(f"{row['round']:>7} " + " ".join(f"{value:>15.4g}" for value in shown))
 
 
 def _bar(values: config.Values, done: int) -> tqdm.tqdm:

@@ -7,10 +7,11 @@ with which it descends on the digits and on a quadratic.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import aggregation, estimators, keys, perturbations, privacy
+from zofl_jax import aggregation, estimators, keys, perturbations, privacy, scaling
 from zofl_jax.algorithms import (
     decomfl,
     fedadagrad,
@@ -49,6 +50,20 @@ class Method(NamedTuple):
 
 def _central(num_perturbations: int = 10, perturbation=None) -> estimators.Estimator:
     return estimators.central_difference(num_perturbations, 1e-3, perturbation)
+
+
+def _masked() -> perturbations.Perturbation:
+    """Gaussian directions in which a random half of the params takes part."""
+
+    def of(params):
+        mask = scaling.random_mask(jax.random.key(5), params, 0.5)
+        return scaling.scaled(perturbations.gaussian(), mask)
+
+    return perturbations.Perturbation(
+        lambda key, params: of(params).sample(key, params),
+        lambda params, z, scale: of(params).add(params, z, scale),
+        lambda keys, params, scalars: of(params).accumulate(keys, params, scalars),
+    )
 
 
 def _hiso(loss: LossFn, rate: float, **options) -> Algorithm:
@@ -119,6 +134,12 @@ SCALAR = {
         quadratic=0.05,
         rounds=150,
         clients=(1, 1),
+    ),
+    "decomfl, random mask": Method(
+        lambda loss, rate: decomfl(loss, _central(perturbation=_masked()), optax.sgd(rate)),
+        digits=0.1,
+        quadratic=0.2,
+        rounds=60,
     ),
     "decomfl in float16": Method(
         lambda loss, rate: compressed(

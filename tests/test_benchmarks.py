@@ -142,7 +142,7 @@ def test_the_pytorch_client_measures_the_same_scalars():
     key = jax.random.key(1)
     rows = np.arange(work.local_steps * work.batch).reshape(work.local_steps, work.batch)
     batches = jax.tree.map(lambda x: jnp.asarray(x[rows]), work.task.test)
-    ours = algorithm.client(key, algorithm.init(params), (), batches).upload
+    ours = algorithm.client(key, algorithm.init(params), (), batches, key).upload
 
     def vector(tree):
         """Returns the leaves in PyTorch's order and layout, [d]."""

@@ -5,15 +5,17 @@ import json
 import re
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from absl.testing import flagsaver
 from commands import Commands
 
-from experiments import compare, comparison
+from experiments import compare, comparison, methods
 from experiments.entry import UserError
 
+FLAGFILES = Path(compare.__file__).parent / "flagfiles"
 FIRST = [
     *("algorithm", "seed", "learning_rate", "rounds_to_target", "bytes_up", "bytes_down"),
     *("forward_passes", "backward_passes", "seconds", "best_accuracy"),
@@ -170,10 +172,33 @@ def test_a_stopped_comparison_goes_on(whole, tmp_path, cache):
     assert tables[0] == tables[1]
 
 
-def parsed(*lines):
+def parsed(*lines, flagfile=None):
     with flagsaver.flagsaver():
-        compare.FLAGS(["compare"])
-        return compare.parse_methods(lines)
+        compare.FLAGS(["compare", *([f"--flagfile={flagfile}"] if flagfile else [])])
+        return compare.parse_methods(compare.FLAGS.method if flagfile else lines)
+
+
+@pytest.mark.parametrize("name", ["compare_digits", "compare_fashion"])
+def test_flag_files_can_be_read_and_say_what_they_do(name):
+    path = FLAGFILES / f"{name}.flags"
+    found = parsed(flagfile=path)
+    text = path.read_text()
+    assert f"python -m experiments.compare --flagfile=experiments/flagfiles/{path.name}" in text
+    assert "Takes about" in text
+    assert all(method.values["rounds"] >= method.values["eval_every"] for method in found)
+
+
+def test_the_digits_compare_every_method():
+    values = [method.values for method in parsed(flagfile=FLAGFILES / "compare_digits.flags")]
+
+    def chosen(flag):
+        return {each[flag] for each in values}
+
+    assert chosen("algorithm") == set(methods.ALGORITHMS)
+    assert chosen("compression") >= set(methods.CODECS) - {"int4"}
+    assert chosen("mask") == {"none", "random", "magnitude", "sensitivity"}
+    assert chosen("optimizer") == {"sgd", "adam"}
+    assert any(each["feedsign_epsilon"] for each in values)
 
 
 def test_methods_have_flags_of_their_own_and_share_the_rest():

@@ -70,6 +70,22 @@ def test_scaffold_repairs_the_drift_of_fedavg(quick_compile):
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        lambda at_once: fedavg(loss, optax.sgd(0.3), local_steps=2, clients_at_once=at_once),
+        lambda at_once: fedsgd(loss, optax.sgd(0.3), clients_at_once=at_once),
+        lambda at_once: scaffold(loss, 0.3, share=1.0, local_steps=2, clients_at_once=at_once),
+    ],
+)
+def test_how_many_clients_are_trained_at_once_changes_nothing(quick_compile, make):
+    """One by one, as convolutional models are on CPU, or in groups that don't divide three."""
+    together, _ = run(make(None), 2)
+    for at_once in (1, 2):
+        grouped, _ = run(make(at_once), 2)
+        np.testing.assert_allclose(grouped.params, together.params, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("make", "second_moment"),
     [
         (fedadam, lambda v, s: 0.9 * v + 0.1 * s),

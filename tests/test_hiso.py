@@ -37,7 +37,7 @@ def test_without_learning_it_is_decomfl_bit_for_bit():
     assert_same_bits(upload, expected_upload)
     assert_same_bits(after.params, expected.params)
     assert_same_bits(after.opt_state.inner, expected.opt_state)
-    assert {x.min() for x in jax.tree.leaves(after.opt_state.curvature)} == {1.0}
+    assert {float(x.min()) for x in jax.tree.leaves(after.opt_state.curvature)} == {1.0}
 
 
 @pytest.mark.parametrize("learn_from", ["first", "last", "all"])

@@ -134,9 +134,10 @@ def make_advance(
         attendance = attend(root, r)
         cohort = attendance.cohort
         batch_keys = jax.vmap(lambda c: keys.batch_key(root.batches, r, c))(cohort)
-        batches = jax.vmap(
-            lambda key, c: data_batches.sample(key, train, c, batch_size, algorithm.local_steps)
+        rows = jax.vmap(
+            lambda key, c: data_batches.rows(key, train, c, batch_size, algorithm.local_steps)
         )(batch_keys, cohort)
+        batches = placement.take(train.examples, rows, mesh)
         if adversary is not None and adversary.data_attack is not None:
             batches = _where_rows(
                 adversary.malicious[cohort], jax.vmap(adversary.data_attack)(batches), batches
@@ -252,9 +253,13 @@ def make_evaluate(task: Task) -> Callable[..., dict[str, Array]]:
     return evaluate
 
 
-@jax.jit
 def fingerprint(params: Params) -> Array:
     """Returns a uint32 checksum of the params' bits, []: any one changed bit changes it."""
+    return _fingerprint(placement.own_copy(params))
+
+
+@jax.jit
+def _fingerprint(params: Params) -> Array:
     total = jnp.zeros((), jnp.uint32)
     paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     for path, leaf in paths_and_leaves:

@@ -187,8 +187,13 @@ def make_simulator(
     partition.check_batch_size(np.asarray(task.train.offsets), batch_size)
 
     place = functools.partial(placement.replicated, mesh=mesh)
-    train, placed_root = place(jax.device_put(task.train)), place(root)
-    test, mask = place(jax.device_put(data_batches.evaluation_batches(task.test, eval_batch_size)))
+    own_mesh = placement.own_part(mesh)  # all but the rounds is each process's own business
+
+    def own(tree: Any) -> Any:
+        return placement.replicated(placement.own_copy(tree), own_mesh)
+
+    train, placed_root = placement.client_data(task.train, mesh), place(root)
+    test, mask = own(jax.device_put(data_batches.evaluation_batches(task.test, eval_batch_size)))
     compiler = _Compiler()
 
     def start(params: Params | None = None) -> Progress:
@@ -199,7 +204,7 @@ def make_simulator(
             lambda m: jnp.repeat(m[None], num_clients, axis=0), first.init_memory(params)
         )
         # A copy, since `advance` consumes the state it is given.
-        state = place(jax.tree.map(jnp.copy, first.init(params)))
+        state = own(jax.tree.map(jnp.copy, first.init(params)))
         if conditions.late_uploads:
             zeros = jax.tree.map(
                 lambda x: jnp.zeros((clients_per_round, *x.shape), x.dtype), shapes[0].upload
@@ -242,11 +247,11 @@ def make_simulator(
         return loop.state, loop.memory, trace
 
     def evaluate(params: Params) -> dict[str, float]:
-        means = compiler.call("evaluate", traced.make_evaluate(task), (place(params), test, mask))
+        means = compiler.call("evaluate", traced.make_evaluate(task), (own(params), test, mask))
         return {name: float(value) for name, value in means.items()}
 
     def replay(state: ServerState, words: np.ndarray, broadcasts: Broadcast) -> ServerState:
-        state = place(jax.tree.map(jnp.copy, state))
+        state = own(jax.tree.map(jnp.copy, placement.own_copy(state)))
         at = 0
         while at < len(words):
             first_round = int(state.round)

@@ -34,6 +34,22 @@ def sample(
     Raises:
       ValueError: if `batch_size` or `num_batches` is below 1.
     """
+    chosen = rows(key, data, client, batch_size, num_batches)
+    return jax.tree.map(lambda leaf: leaf[chosen], data.examples)
+
+
+def rows(
+    key: PRNGKey,
+    data: ClientData,
+    client: Array | int,
+    batch_size: int,
+    num_batches: int,
+) -> Array:
+    """Returns which of `data.examples` are `sample`'s batches, int32 [num_batches, batch_size].
+
+    Raises:
+      ValueError: as `sample`.
+    """
     if num_batches < 1:
         raise ValueError(f"num_batches must be >= 1, got {num_batches}")
     if batch_size < 1:
@@ -41,11 +57,10 @@ def sample(
     start = data.offsets[client]
     count = data.offsets[client + 1] - start
 
-    def rows_of(step: Array) -> Array:
+    def positions(step: Array) -> Array:
         return start + sampling.subset(keys.step_key(key, step), count, batch_size)
 
-    rows = data.order[jax.vmap(rows_of)(jnp.arange(num_batches))]
-    return jax.tree.map(lambda leaf: leaf[rows], data.examples)
+    return data.order[jax.vmap(positions)(jnp.arange(num_batches))]
 
 
 def evaluation_batches(examples: Batch, batch_size: int) -> tuple[Batches, np.ndarray]:
@@ -76,5 +91,5 @@ def evaluation_batches(examples: Batch, batch_size: int) -> tuple[Batches, np.nd
         )
     index = np.arange(-(-lengths[0] // batch_size) * batch_size).reshape(-1, batch_size)
     mask = index < lengths[0]
-    rows = np.where(mask, index, 0)
-    return jax.tree.map(lambda leaf: leaf[rows], examples), mask
+    filled = np.where(mask, index, 0)
+    return jax.tree.map(lambda leaf: leaf[filled], examples), mask

@@ -1,0 +1,219 @@
+"""Several processes on the loopback are one run: its bits, its stops, its refusals."""
+
+import contextlib
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from commands import Commands, Ended, num_logged, stray_lines, summary_of
+
+from experiments import launch_local
+from zofl_jax import processes
+
+ROUNDS = 200
+# Clients of unequal sizes, and a cohort that two devices can't share evenly.
+TRAIN = (
+    *("--task=digits", "--partition=dirichlet", "--num_clients=10", "--clients_per_round=3"),
+    *("--local_steps=1", "--num_perturbations=2", "--batch_size=8", "--learning_rate=0.005"),
+    *("--eval_every=5", f"--rounds={ROUNDS}", "--workdir=run"),
+)
+LAUNCH = ("-m", "experiments.launch_local", "--processes=2", "--", *TRAIN)
+
+
+@pytest.fixture(scope="module")
+def cache(pytestconfig):
+    return pytestconfig.cache.mkdir("zofl_jax")
+
+
+@pytest.fixture
+def commands(tmp_path, cache):
+    return Commands(tmp_path, cache)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A run of two processes that nothing interrupted: its folder and how it ended."""
+    folder = tmp_path_factory.mktemp("whole")
+    ended = Commands(folder, cache).run(*LAUNCH)
+    assert ended.code == 0, ended.err
+    return folder / "run", ended
+
+
+def logged(run):
+    """Returns the rows of the log, and its metrics but the times."""
+    with contextlib.closing(sqlite3.connect(run / "log.sqlite")) as connection:
+        rows = connection.execute("SELECT * FROM rounds ORDER BY 1").fetchall()
+        metrics = connection.execute("SELECT round, name, value FROM metrics").fetchall()
+    return rows, {(r, name): value for r, name, value in metrics if name != "run_seconds"}
+
+
+def broadcasts(run):
+    with contextlib.closing(sqlite3.connect(run / "log.sqlite")) as connection:
+        rows = connection.execute("SELECT broadcast FROM rounds ORDER BY round").fetchall()
+    return np.stack([np.frombuffer(row[0], "<f4") for row in rows])
+
+
+def pair(commands, other_commands, *arguments, others=()):
+    """Returns how two processes ended; `others` are flags of the second one alone."""
+    with launch_local.reserved_port() as port:
+        started = [
+            own.start(
+                *("-m", "experiments.train", "--distributed", "--devices=1", *arguments, *more),
+                *(f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"),
+            )
+            for index, (own, more) in enumerate([(commands, ()), (other_commands, others)])
+        ]
+        ended = []
+        try:
+            for process in started:
+                out, err = process.communicate(timeout=120)
+                ended.append(Ended(process.returncode, out, err))
+        finally:
+            for process in started:
+                process.kill()
+    return ended
+
+
+def test_two_processes_give_the_bits_of_two_devices_and_the_scalars_of_one(whole, commands):
+    run, ended = whole
+    assert stray_lines(ended.err) == []
+    assert f"{ROUNDS}/{ROUNDS}" in ended.err and "Figures, log and summary are in run" in ended.out
+    assert summary_of(run)["device"] == "cpu x 2"
+    assert {path.name for path in run.iterdir()} >= {"summary.json", "rounds.png", "labels.png"}
+
+    plain = [*TRAIN[:-2], "--rounds=40"]
+    for end in commands.train_each(
+        [[*plain, "--devices=2", "--workdir=two"], [*plain, "--devices=1", "--workdir=one"]]
+    ):
+        assert end.code == 0, end.err
+    rows, metrics = logged(commands.folder / "two")
+    all_rows, all_metrics = logged(run)
+    assert rows == all_rows[:40]
+    common = metrics.keys() & all_metrics.keys()
+    assert {"test_loss", "test_accuracy", "train_loss"} <= {name for _, name in common}
+    assert {key: metrics[key] for key in common} == {key: all_metrics[key] for key in common}
+    one = broadcasts(commands.folder / "one")
+    np.testing.assert_allclose(broadcasts(run)[:40], one, atol=1e-3 * np.abs(one).max())
+
+
+def children(pid):
+    """Returns the ids of the processes that a process has started."""
+    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
+    found = [tuple(map(int, line.split())) for line in table.stdout.splitlines()]
+    return {child for child, parent in found if parent == pid}
+
+
+def stopped(commands, rounds, stop):
+    """Returns how a launch ended that was stopped after so many more rounds."""
+    run = commands.folder / "run"
+    process, before = commands.start(*LAUNCH), num_logged(run)
+    try:
+        while num_logged(run) < before + rounds and process.poll() is None:
+            time.sleep(0.02)
+        assert process.poll() is None, process.communicate()
+        stop(process, int((run / "lock").read_text()))
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.terminate()  # which ends the processes it has started too
+        process.wait(60)
+    assert before + rounds <= num_logged(run) < ROUNDS
+    return Ended(process.returncode, out, err)
+
+
+def test_a_killed_run_goes_on_with_the_same_bits_and_stops_together(whole, commands):
+    def kill_the_follower(process, leader):
+        (follower,) = children(process.pid) - {leader}
+        os.kill(follower, signal.SIGKILL)
+
+    ended = stopped(commands, 7, kill_the_follower)
+    assert ended.code == 1
+    assert "the same command goes on from the last logged round" in ended.err
+
+    ended = stopped(commands, 8, lambda process, leader: process.send_signal(signal.SIGINT))
+    assert ended.code == 130
+    assert [line for line in stray_lines(ended.err) if "resuming" not in line] == [
+        "stopped; the same command goes on from here"
+    ]
+    rows, metrics = logged(commands.folder / "run")
+    all_rows, all_metrics = logged(whole[0])
+    assert rows == all_rows[: len(rows)]
+    common = metrics.keys() & all_metrics.keys()
+    assert "params_fingerprint" in {name for _, name in common}
+    assert {key: metrics[key] for key in common} == {key: all_metrics[key] for key in common}
+
+
+def test_flags_that_differ_are_refused_by_both(commands):
+    for ended in pair(commands, commands, *TRAIN, others=["--seed=1"]):
+        assert ended.code == 1 and ended.out.count("\n") <= 1
+        assert ended.err == (
+            "error: --seed differs between process 0 and process 1: give every process the same\n"
+        )
+    assert not (commands.folder / "run").exists()
+
+
+def test_what_one_process_lacks_ends_both(commands, tmp_path_factory, cache):
+    """The hosts share no file system: the data are missing on the second."""
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 255, (40, 4, 4), np.uint8), np.arange(40) % 2
+    np.savez(
+        commands.folder / "data.npz",
+        **{"x_train": images, "y_train": labels, "x_test": images, "y_test": labels},
+    )
+    elsewhere = Commands(tmp_path_factory.mktemp("elsewhere"), cache)
+    arguments = ("--task=npz", "--data_dir=data.npz", "--num_clients=4", "--batch_size=4")
+    leader, follower = pair(
+        commands, elsewhere, *arguments, "--clients_per_round=2", "--workdir=run"
+    )
+    assert (leader.code, follower.code) == (1, 1)
+    assert "data.npz" in follower.err and "error: process 1: " in leader.err
+    assert "data.npz" in stray_lines(leader.err)[-1]
+    assert list(elsewhere.folder.iterdir()) == []
+
+
+def test_a_process_waits_for_the_others_no_longer_than_told(commands):
+    with launch_local.reserved_port() as port:
+        ended = commands.train(
+            *("--distributed", f"--coordinator=127.0.0.1:{port}", "--wait_seconds=1"),
+            *("--num_processes=2", "--process_id=0"),
+        )
+    assert ended.code == 1
+    assert ended.err.startswith("error: the processes have not come together within 1 seconds")
+
+
+def test_a_launch_ends_with_the_status_of_what_failed(commands):
+    ended = commands.run("-m", "experiments.launch_local", "--", "--task=nonsense")
+    assert ended.code == 1 and "--task=nonsense" in ended.err
+    assert list(commands.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("h:1", None, None), "num_processes and process_id must be given too"),
+        (("h", 2, 0), "must be HOST:PORT, got 'h'"),
+        (("h:1", 2, 2), r"process_id must be in \[0, num_processes = 2\), got 2"),
+        (("h:1", 0, 0), "num_processes must be >= 1, got 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        processes.join(*given)
+
+
+def test_joining_is_refused_once_jax_is_used():
+    jax.devices()
+    with pytest.raises(processes.ProcessError, match="before JAX is used for the first time"):
+        processes.join("127.0.0.1:1", 2, 0, wait_seconds=1)
+
+
+def test_the_port_is_nobody_elses():
+    with launch_local.reserved_port() as port, socket.socket() as other:
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        assert port > 0
