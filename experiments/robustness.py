@@ -39,6 +39,7 @@ BATCH = 32
 EXPECTED = 6  # bad clients that rules count on
 MAX_MESSAGE = 1e6
 SHARES = (0.1, 0.3)
+MAJORITY = {"decomfl": 0.5, "fedsgd": 0.1}  # of scalars, and of numbers of a gradient
 
 RULES: dict[str, aggregation.Rule] = {
     "mean": aggregation.mean,
@@ -48,7 +49,7 @@ RULES: dict[str, aggregation.Rule] = {
     "multi-Krum": aggregation.multi_krum(EXPECTED, CLIENTS - EXPECTED - 2),
     "geometric median": aggregation.geometric_median(),
     "clipped mean": aggregation.clipped_mean(2.0),
-    "majority sign": aggregation.majority_sign(0.1),
+    "majority sign": aggregation.majority_sign(MAJORITY["fedsgd"]),
 }
 
 
@@ -169,11 +170,12 @@ def make_run(task: Task, method: str, num_rounds: int) -> Callable[..., tuple[Ar
     test, mask = data_batches.evaluation_batches(task.test, 512)
     num_classes = int(jnp.max(jnp.asarray(task.train.examples["label"]))) + 1
     flip = attacks.label_flip(num_classes)
+    rules = {**RULES, "majority sign": aggregation.majority_sign(MAJORITY[method])}
     flips_labels = list(ATTACKS).index("label flip")
 
     def run(rule: Array, attack: Array, malicious: Array, train: Any, root: Any) -> tuple:
         def aggregate(uploads: Upload, weights: Array) -> Broadcast:
-            return jax.lax.switch(rule, list(RULES.values()), uploads, weights)
+            return jax.lax.switch(rule, list(rules.values()), uploads, weights)
 
         def data_attack(batches: Batches) -> Batches:
             flipped = flip(batches)
