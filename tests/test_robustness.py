@@ -62,7 +62,7 @@ def test_one_compilation_serves_rules_and_attacks(monkeypatch, quick_compile):
     plain = accuracy(0, 0, nobody)
     assert accuracy(0, 1, nobody) == plain
     assert accuracy(0, 1, some) < 0.5 < 0.8 < plain
-    assert abs(accuracy(1, 1, some) - plain) < 0.1
+    assert accuracy(1, 1, some) > 0.6  # six bad of twenty pull a median too
     assert accuracy(0, 2, some) not in (plain, accuracy(0, 0, some))
     assert run._cache_size() == 1
     assert np.isfinite(plain)
