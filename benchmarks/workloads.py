@@ -116,6 +116,8 @@ def decoder_work(
         clients_at_once,
         fitting,
         config,
+        # A model at a time: 32 texts keep all cores busy, and more fall out of the cache.
+        perturbations_at_once=1,
     )
 
 

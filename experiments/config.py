@@ -92,7 +92,7 @@ flags.DEFINE_integer(
     "perturbations_at_once",
     None,
     "Perturbed models evaluated at once, 0 for as many as share their products: all of low_rank "
-    "directions, one of others. 0 unless given, 1 for convolutional models.",
+    "directions, one of others. 0 unless given, 1 for convolutional and language models.",
     lower_bound=0,
 )
 flags.DEFINE_integer("quadratic_dim", 1000, "Dimension of the quadratic.", lower_bound=1)
@@ -187,9 +187,12 @@ def resolve() -> dict[str, Any]:
                 f"--objective={values['objective']} has no useful gradient, which "
                 f"--estimator={values['estimator']} needs: use forward or central"
             )
-    for name in ("clients_at_once", "perturbations_at_once"):
-        if values[name] is None:
-            values[name] = 1 if values["model"] in CONVOLUTIONAL else 0
+    convolutional = values["model"] in CONVOLUTIONAL
+    singly = {
+        "clients_at_once": convolutional,
+        "perturbations_at_once": convolutional or language.is_language_task(task),
+    }
+    values.update({name: int(one) for name, one in singly.items() if values[name] is None})
     if task in ("idx", "npz") and not values["data_dir"]:
         kind = "the folder with the IDX files" if task == "idx" else "the .npz file"
         raise ValueError(f"--task={task} needs --data_dir={kind}")

@@ -178,7 +178,9 @@ def parsed(*lines, flagfile=None):
         return compare.parse_methods(compare.FLAGS.method if flagfile else lines)
 
 
-@pytest.mark.parametrize("name", ["compare_digits", "compare_fashion"])
+@pytest.mark.parametrize(
+    "name", ["compare_digits", "compare_fashion", "directions_digits", "directions_fashion"]
+)
 def test_flag_files_can_be_read_and_say_what_they_do(name):
     path = FLAGFILES / f"{name}.flags"
     found = parsed(flagfile=path)

@@ -20,7 +20,8 @@ from zofl_jax.core import Phase, Task
 from zofl_jax.simulation import phase_at
 
 FOLDER = Path(config.__file__).parent / "flagfiles"
-FLAGFILES = sorted(set(FOLDER.glob("*.flags")) - set(FOLDER.glob("compare_*")))
+COMPARISONS = {*FOLDER.glob("compare_*"), *FOLDER.glob("directions_*")}
+FLAGFILES = sorted(set(FOLDER.glob("*.flags")) - COMPARISONS)
 DIM = 7  # odd, so that no Rademacher direction is orthogonal to the diagonal
 
 

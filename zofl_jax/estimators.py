@@ -16,7 +16,7 @@ import optax
 from zofl_jax import keys, structured, sums
 from zofl_jax.batching import at_once
 from zofl_jax.core import Array, Batch, LossFn, Params, Passes, PRNGKey
-from zofl_jax.perturbations import Perturbation, gaussian
+from zofl_jax.perturbations import Perturbation, draw_all, gaussian
 
 
 class Estimate(NamedTuple):
@@ -238,14 +238,17 @@ def _evaluation(
         if together == 1:
             singly = at_once(one, clients_at_once)
 
-            def along(key_and_scales: tuple[PRNGKey, Array]) -> Array:
-                key, own_scales = key_and_scales
-                z = perturbation.sample(key, params)
-                return jnp.stack([singly(params, z, scale, batch) for scale in own_scales])
+            def along(direction: Params, own_scales: Array) -> Array:
+                return jnp.stack([singly(params, direction, scale, batch) for scale in own_scales])
 
-            return jax.lax.map(along, (direction_keys, scales))
-        draw = jax.vmap(perturbation.sample, in_axes=(0, None))
-        directions = draw(direction_keys, sums.shapes(params))
+            if perturbation.combine is None:
+                return jax.lax.map(
+                    lambda part: along(perturbation.sample(part[0], params), part[1]),
+                    (direction_keys, scales),
+                )
+            directions = draw_all(perturbation.sample, direction_keys, params)
+            return jax.lax.map(lambda part: along(*part), (directions, scales))
+        directions = draw_all(perturbation.sample, direction_keys, params)
         evaluate_many = at_once(many, clients_at_once)
         count = len(scales)
         if count <= together + 1:  # the params themselves cost no more with them than apart

@@ -120,7 +120,7 @@ def low_rank(rank: int = 1) -> Perturbation:
         return jax.tree.map(functools.partial(_plus, scale=scale), params, direction, is_leaf=_leaf)
 
     def combine(params: Params, direction_keys: PRNGKey, scalars: Params) -> Params:
-        directions = jax.vmap(lambda key: sample(key, sums.shapes(params)))(direction_keys)
+        directions = draw_all(sample, direction_keys, params)
         return jax.tree.map(_plus_many, params, directions, scalars, is_leaf=_leaf)
 
     def accumulate(direction_keys: PRNGKey, params: Params, scalars: Array) -> Params:
@@ -173,6 +173,18 @@ def _dense(sample: Callable[[PRNGKey, Params], Params]) -> Perturbation:
         return jax.lax.scan(add_direction, zeros, (direction_keys, scalars))[0]
 
     return Perturbation(sample, _add, accumulate)
+
+
+def draw_all(
+    sample: Callable[[PRNGKey, Params], Params], direction_keys: PRNGKey, params: Params
+) -> Params:
+    """Returns several directions, each leaf with a leading axis [P].
+
+    They are drawn in a loop, whose results are stored. Otherwise the numbers of threefry4x32 may be
+    fused into what takes them and drawn again for each entry of a matrix: 20 times the time.
+    """
+    shapes = sums.shapes(params)
+    return jax.lax.map(lambda key: sample(key, shapes), direction_keys)
 
 
 def is_stacked(path: str) -> bool:
