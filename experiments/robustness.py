@@ -71,11 +71,6 @@ ATTACKS: dict[str, attacks.Attack] = {
     "out of range": attacks.constant(1e30),
 }
 
-flags.DEFINE_list("datasets", ["digits"], f"Of digits, fashion (IDX files in {FASHION}).")
-flags.DEFINE_list("methods", ["decomfl", "fedsgd"], "Of decomfl (scalars), fedsgd (gradients).")
-flags.DEFINE_integer("rounds", 100, "Rounds of a run.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed of everything random.", lower_bound=0, upper_bound=2**32 - 1)
-
 FLAGS = flags.FLAGS
 
 
@@ -244,5 +239,16 @@ def markdown(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _define_flags() -> None:
+    """Defines the flags of this command; those of `experiments.train` have some of the names."""
+    flags.DEFINE_list("datasets", ["digits"], f"Of digits, fashion (IDX files in {FASHION}).")
+    flags.DEFINE_list("methods", ["decomfl", "fedsgd"], "Of decomfl (scalars), fedsgd (gradients).")
+    flags.DEFINE_integer("rounds", 100, "Rounds of a run.", lower_bound=1)
+    flags.DEFINE_integer(
+        "seed", 0, "Seed of everything random.", lower_bound=0, upper_bound=2**32 - 1
+    )
+
+
 if __name__ == "__main__":
+    _define_flags()
     entry.run(main)
