@@ -14,20 +14,17 @@ devices, and only the settings without a loop over clients are timed.
 import argparse
 import functools
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
 import optax
 from jax import lax
 
+from benchmarks import measuring
 from zofl_jax.core import Array, Params
 from zofl_jax.models import cnn
 
@@ -267,13 +264,14 @@ def measure(cases: list[Case], repeats: int) -> dict[str, Any]:
         fn, passes = program(case)
         args = data[case.setting.startswith("own")]
         jobs.append((jax.jit(fn).lower(*args).compile(), args, passes))
-    seconds: list[list[float]] = [[] for _ in jobs]
-    for repeat in range(repeats + 1):
-        for (compiled, args, passes), times in zip(jobs, seconds, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*args))
-            if repeat:  # the first is a warm-up
-                times.append((time.perf_counter() - start) / passes)
+    calls = [
+        lambda compiled=compiled, args=args: jax.block_until_ready(compiled(*args))
+        for compiled, args, _ in jobs
+    ]
+    seconds = [
+        [second / passes for second in times.seconds]
+        for times, (_, _, passes) in zip(measuring.by_turns(calls, repeats), jobs, strict=True)
+    ]
     peak_flops = 2 * PEAK_SIZE**3
     rows = [
         {
@@ -291,25 +289,6 @@ def measure(cases: list[Case], repeats: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """Returns what the figures depend on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(names) or None,
-        "devices": jax.device_count(),
-        "backend": jax.default_backend(),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
-            "flax": flax.__version__,
-        },
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times forms of convolution.")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
@@ -319,7 +298,11 @@ def main() -> None:
         parser.error(f"--repeats must be >= 5 for a median, got {args.repeats}")
     cases = [case for case in CASES if jax.device_count() == 1 or case.setting not in LOOPED]
     cases = list(dict.fromkeys(cases))
-    result = {"machine": machine(), "repeats": args.repeats, **measure(cases, args.repeats)}
+    result = {
+        "machine": measuring.machine(),
+        "repeats": args.repeats,
+        **measure(cases, args.repeats),
+    }
     print(f"peak {result['peak_gflops']:.0f} GFLOP/s (best {result['best_peak_gflops']:.0f})")
     print(f"{'first stage':22}{'second stage':14}{'setting':16}{'ms':>8}{'best':>8}")
     for row in result["cases"]:

@@ -9,41 +9,35 @@ in a process of its own, whose peak memory is compared with the size of the floa
 """
 
 import argparse
-import json
-import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
+from benchmarks import measuring
 from zofl_jax.models import architectures, transformer, weights
 from zofl_jax.models.architectures import Config
 
 BATCH, LENGTH, REPEATS = 32, 40, 9
 
 LOADING = """
-import re, sys, time
+import sys, time
 import jax
+from benchmarks.measuring import status_bytes
 from zofl_jax.models import weights
 
-def kilobytes(name):  # of this process alone: ru_maxrss would remember its parent's
-    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
-
 jax.numpy.zeros(1).block_until_ready()
-before = kilobytes("VmRSS")
+before = status_bytes("VmRSS")
 began = time.perf_counter()
 _, params, _ = weights.load(sys.argv[1])
 seconds = time.perf_counter() - began
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-print(seconds, (kilobytes("VmHWM") - before) * 1024, size)
+print(seconds, status_bytes("VmHWM") - before, size)
 """
 
 
@@ -68,18 +62,8 @@ def main() -> None:
     del params
     if options.model:
         result |= loading(options.model)
-    result |= {
-        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
-        },
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    result |= measuring.machine()
+    measuring.report(result, options.out)
 
 
 def forward(config: Config, params: Any) -> dict[str, Any]:
@@ -109,27 +93,16 @@ def forward(config: Config, params: Any) -> dict[str, Any]:
     def passed() -> None:
         compiled(params, tokens, mask).block_until_ready()
 
-    passed()
-    multiplied()
-    pairs = [(seconds(passed), seconds(multiplied)) for _ in range(REPEATS)]
-    wall, bound = (statistics.median(p[i][0] for p in pairs) for i in (0, 1))
-    cpu, cpu_bound = (statistics.median(p[i][1] for p in pairs) for i in (0, 1))
+    times, bound = measuring.by_turns([passed, multiplied], REPEATS)
     return {
         "batch": BATCH,
         "length": LENGTH,
-        "forward_seconds": wall,
-        "bound_seconds": bound,
-        "ratio_to_bound": statistics.median(p[0][0] / p[1][0] for p in pairs),
-        "ratio_to_bound_cpu_seconds": cpu / cpu_bound,
+        "forward_seconds": times.median,
+        "bound_seconds": bound.median,
+        "ratio_to_bound": measuring.ratio(times, bound),
+        "ratio_to_bound_cpu_seconds": times.median_cpu / bound.median_cpu,
         "compile_seconds": compile_seconds,
     }
-
-
-def seconds(fn: Callable[[], None]) -> tuple[float, float]:
-    """Returns the wall-clock and the CPU time of a call."""
-    began, cpu = time.perf_counter(), time.process_time()
-    fn()
-    return time.perf_counter() - began, time.process_time() - cpu
 
 
 def loading(spec: str) -> dict[str, Any]:

@@ -28,10 +28,9 @@ from typing import NamedTuple
 import tqdm
 from absl import flags
 from absl.testing import flagsaver
-from matplotlib.figure import Figure
 
 from experiments import comparison, config, entry, report, train
-from zofl_jax.run_files import temporary_path, write_atomically
+from zofl_jax.run_files import save_figure, write_atomically
 from zofl_jax.runs import open_run
 
 flags.DEFINE_multi_string(
@@ -120,7 +119,7 @@ def main() -> None:
             chosen[method.name] = best
             write()
     for name, figure in comparison.figures(results, chosen, targets, title).items():
-        _save_figure(workdir / name, figure)
+        save_figure(workdir / name, figure)
     print((workdir / "table.md").read_text())
     print(f"Table, figures and runs are in {workdir}")
 
@@ -231,11 +230,6 @@ def _numbers(name: str, texts: Sequence[str]) -> list[float]:
 
 def _write(path: Path, text: str) -> None:
     write_atomically(path, text.encode())
-
-
-def _save_figure(path: Path, figure: Figure) -> None:
-    figure.savefig(temporary_path(path), format="png")
-    temporary_path(path).replace(path)
 
 
 if __name__ == "__main__":

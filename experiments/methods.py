@@ -241,34 +241,27 @@ def build_phases(values: Values, task: Task) -> list[Phase]:
     changes = schedules.parse_schedule(values["schedule"])
     smoothing = schedules.piecewise(changes, "smoothing", values["smoothing"])
     root = keys.root(values["seed"], values["prng_impl"])
+    optimizer, perturbation = schedules.make_optimizer(values), _perturbation(values, task, root)
     # An array, not a constant of the program: runs at another rate share its compilation.
-    parts = Parts(
-        task.loss,
-        schedules.make_optimizer(values),
-        jnp.asarray(values["learning_rate"]),
-        lambda perturbation: _estimator(values, 1, smoothing, perturbation),
-        _perturbation(values, task, root),
-        keys.pool_key(root.shared),
-    )
+    rate, pool_key = jnp.asarray(values["learning_rate"]), keys.pool_key(root.shared)
+
+    def algorithm(count: int) -> Algorithm:
+        def make(private: Callable[[Estimator], Estimator]) -> Algorithm:
+            def estimator(directions: Perturbation) -> Estimator:
+                return private(_estimator(values, count, smoothing, directions))
+
+            parts = Parts(task.loss, optimizer, rate, estimator, perturbation, pool_key)
+            return BUILDERS[values["algorithm"]](values, parts)
+
+        guarded = conditions.guarded(values, conditions.make_private(values, make))
+        return conditions.with_late_uploads(values, _compressed(values, guarded))
+
     phases: list[Phase] = []
     previous = 0
     for change in changes:
         count = max(1, round(values["num_perturbations"] * change.num_perturbations))
         if count != previous:
-
-            def estimator(perturbation: Perturbation, count: int = count) -> Estimator:
-                return _estimator(values, count, smoothing, perturbation)
-
-            def make(
-                private: Callable[[Estimator], Estimator],
-                estimator: Callable[[Perturbation], Estimator] = estimator,
-            ) -> Algorithm:
-                chosen = parts._replace(estimator=lambda z: private(estimator(z)))
-                return BUILDERS[values["algorithm"]](values, chosen)
-
-            algorithm = conditions.guarded(values, conditions.make_private(values, make))
-            sent = conditions.with_late_uploads(values, _compressed(values, algorithm))
-            phases.append(Phase(change.first_round, sent))
+            phases.append(Phase(change.first_round, algorithm(count)))
         previous = count
     return phases
 

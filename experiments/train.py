@@ -213,8 +213,7 @@ def train(
         recording.write_rounds(run, trace, counted, progress)
         diagnose(progress)
         losses.extend(trace.losses.tolist())
-        rise = divergence.rising(losses)
-        if rise and not warned:
+        if not warned and (rise := divergence.rising(losses)):
             note(
                 f"the training loss rises, to {rise.last:.3g} from {rise.best:.3g} near round "
                 f"{rise.best_round}: the run may diverge; lower --learning_rate, raise "

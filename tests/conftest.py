@@ -1,9 +1,11 @@
 """What all tests share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
+from commands import Commands
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,3 +36,15 @@ def quick_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def cache(pytestconfig: pytest.Config) -> Path:
+    """Where commands keep what they compile, for all tests."""
+    return pytestconfig.cache.mkdir("zofl_jax")
+
+
+@pytest.fixture
+def commands(tmp_path: Path, cache: Path) -> Commands:
+    """Runs commands in a folder of the test's own."""
+    return Commands(tmp_path, cache)

@@ -39,11 +39,6 @@ FLAGS = """
 
 
 @pytest.fixture(scope="module")
-def cache(pytestconfig):
-    return pytestconfig.cache.mkdir("zofl_jax")
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
     """A comparison that nothing interrupted: its folder and how it ended."""
     folder = tmp_path_factory.mktemp("whole")

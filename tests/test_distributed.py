@@ -27,16 +27,6 @@ LAUNCH = ("-m", "experiments.launch_local", "--processes=2", "--", *TRAIN)
 
 
 @pytest.fixture(scope="module")
-def cache(pytestconfig):
-    return pytestconfig.cache.mkdir("zofl_jax")
-
-
-@pytest.fixture
-def commands(tmp_path, cache):
-    return Commands(tmp_path, cache)
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
     """A run of two processes that nothing interrupted: its folder and how it ended."""
     folder = tmp_path_factory.mktemp("whole")

@@ -66,16 +66,6 @@ ROW = [
 
 
 @pytest.fixture(scope="module")
-def cache(pytestconfig):
-    return pytestconfig.cache.mkdir("zofl_jax")
-
-
-@pytest.fixture
-def commands(tmp_path, cache):
-    return Commands(tmp_path, cache)
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
     """A run that nothing interrupted: its folder and how it ended."""
     folder = tmp_path_factory.mktemp("whole")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from absl.testing import flagsaver
-from commands import Commands, summary_of
+from commands import summary_of
 
 from experiments import config, tuning
 from experiments.entry import UserError
@@ -16,11 +16,6 @@ QUADRATIC = [
     *("--task=quadratic", "--quadratic_dim=50", "--effective_rank=5", "--momentum=0"),
     *("--local_steps=1", "--num_perturbations=8", "--estimator=projection", "--eval_every=10"),
 ]
-
-
-@pytest.fixture
-def commands(tmp_path, pytestconfig):
-    return Commands(tmp_path, pytestconfig.cache.mkdir("zofl_jax"))
 
 
 def built(*arguments):

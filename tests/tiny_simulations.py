@@ -64,10 +64,9 @@ def joined(traces: list[simulation.Trace]) -> simulation.Trace:
 
     return simulation.Trace(
         traces[0].first_round,
-        *(concatenated(name) for name in ("seeds", "cohorts", "broadcasts", "losses")),
+        *(concatenated(name) for name in ("seeds", "broadcasts", "losses")),
         traces[-1].failed_loss,
-        jax.tree.map(lambda *parts: np.concatenate(parts), *(t.attendance for t in traces)),
-        np.concatenate([trace.rejected for trace in traces]),
+        *(concatenated(name) for name in ("attendance", "rejected")),
     )
 
 

@@ -267,7 +267,26 @@ def clip_norm(tree: Any, norm: Array | float) -> Any:
 
 def present_only(uploads: Upload, weights: Array) -> Upload:
     """Returns the uploads with zeros in place of those of absent clients."""
-    return jax.tree.map(lambda u: jnp.where(_rows(weights > 0, u), u, jnp.zeros_like(u)), uploads)
+    return jax.tree.map(lambda u: jnp.where(rows(weights > 0, u), u, jnp.zeros_like(u)), uploads)
+
+
+def rows(mask: Array, u: Array) -> Array:
+    """Returns a mask over clients [C] in a shape that goes with u [C, ...]: [C, 1, ...]."""
+    return mask.reshape(-1, *(1,) * (u.ndim - 1))
+
+
+def check_floating(uploads: Upload, need: str, remedy: str) -> Upload:
+    """Returns the uploads.
+
+    Raises:
+      ValueError: "`need` of floating point numbers, got ...; `remedy`" for any others.
+    """
+    for leaf in jax.tree.leaves(uploads):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"{need} of floating point numbers, got a leaf of {leaf.dtype}; {remedy}"
+            )
+    return uploads
 
 
 def _squares(uploads: Upload) -> Array:
@@ -282,18 +301,12 @@ def _squares(uploads: Upload) -> Array:
 
 def _sorted(u: Array, weights: Array) -> Array:
     """Returns the numbers of those who are there in ascending order, then infinities."""
-    return jnp.sort(jnp.where(_rows(weights > 0, u), u, jnp.inf), axis=0)
-
-
-def _rows(mask: Array, u: Array) -> Array:
-    return mask.reshape(-1, *(1,) * (u.ndim - 1))
+    return jnp.sort(jnp.where(rows(weights > 0, u), u, jnp.inf), axis=0)
 
 
 def _floating(uploads: Upload) -> Upload:
-    for leaf in jax.tree.leaves(uploads):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"this rule needs uploads of floating point numbers, got a leaf of {leaf.dtype}; "
-                "use the aggregation that the algorithm brings with it"
-            )
-    return uploads
+    return check_floating(
+        uploads,
+        "this rule needs uploads",
+        "use the aggregation that the algorithm brings with it",
+    )

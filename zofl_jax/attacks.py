@@ -155,7 +155,7 @@ def trim(factor: float = 2.0) -> Attack:
         keys = jax.random.split(key, len(leaves))
 
         def leaf(key: PRNGKey, u: Array) -> Array:
-            rows = honest.reshape(-1, *(1,) * (u.ndim - 1))
+            rows = aggregation.rows(honest, u)
             least = jnp.min(jnp.where(rows, u, jnp.inf), axis=0)
             most = jnp.max(jnp.where(rows, u, -jnp.inf), axis=0)
             below = jnp.where(least > 0, least / factor, least * factor)
@@ -295,17 +295,13 @@ def _average(tree: Upload, rows: Array) -> Upload:
 def _replaced(uploads: Upload, sent: Upload, malicious: Array) -> Upload:
     """Returns the uploads with `sent`, of each client or the same for all, from the malicious."""
     return jax.tree.map(
-        lambda u, x: jnp.where(malicious.reshape(-1, *(1,) * (u.ndim - 1)), x, u).astype(u.dtype),
+        lambda u, x: jnp.where(aggregation.rows(malicious, u), x, u).astype(u.dtype),
         uploads,
         sent,
     )
 
 
 def _floating(uploads: Upload) -> Upload:
-    for leaf in jax.tree.leaves(uploads):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"attacks are on uploads of floating point numbers, got a leaf of {leaf.dtype}; "
-                "use label flipping with this algorithm"
-            )
-    return uploads
+    return aggregation.check_floating(
+        uploads, "attacks are on uploads", "use label flipping with this algorithm"
+    )

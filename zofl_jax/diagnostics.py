@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zofl_jax.core import Algorithm, Array, Batch, Batches, LossFn, Params, PRNGKey, Task
+from zofl_jax.estimators import inner
 
 
 class Trace(NamedTuple):
@@ -87,7 +88,7 @@ def trace(
 
     def probe(key: PRNGKey) -> Array:
         v = _random_like(jax.random.rademacher, key, params)
-        return _inner(v, hessian_product(loss_fn, params, batch, v))
+        return inner(v, hessian_product(loss_fn, params, batch, v))
 
     values = jax.lax.map(probe, jax.random.split(key, num_probes))
     return Trace(jnp.mean(values), jnp.std(values, ddof=1) / num_probes**0.5)
@@ -123,7 +124,7 @@ def top_eigenvalue(
             return _normalised(product(v))
 
         v = jax.lax.fori_loop(0, num_iterations, step, start)
-        return _inner(v, product(v)) - shift
+        return inner(v, product(v)) - shift
 
     largest = iterate(jnp.zeros(()))
     return jax.lax.cond(largest < 0, lambda: iterate(-largest), lambda: largest)
@@ -154,12 +155,12 @@ def updates(
     def products(key: PRNGKey) -> tuple[Array, Array, Array]:
         delta = update(key)
         curved = hessian_product(loss_fn, params, batch, delta)
-        return _inner(gradient, delta), _inner(delta, delta), _inner(delta, curved)
+        return inner(gradient, delta), inner(delta, delta), inner(delta, curved)
 
     slopes, squares, curvatures = jax.lax.map(products, keys)
     # The square of a mean of n is too large by the n-th part of their variance.
     signal = jnp.square(jnp.mean(slopes)) - jnp.var(slopes, ddof=1) / len(slopes)
-    signal = jnp.maximum(signal, 0) / _inner(gradient, gradient)
+    signal = jnp.maximum(signal, 0) / inner(gradient, gradient)
     noise = jnp.mean(squares) - signal
     return Updates(
         jnp.where(noise > 1e-6 * signal, signal / noise, jnp.inf),
@@ -186,9 +187,9 @@ def client_variance(loss_fn: LossFn, params: Params, batches: Batches) -> Array:
 
     def distance(batch: Batch) -> Array:
         difference = _add(jax.grad(loss_fn)(params, batch), average, -1.0)
-        return _inner(difference, difference)
+        return inner(difference, difference)
 
-    return jnp.sum(jax.lax.map(distance, batches)) / count / _inner(average, average)
+    return jnp.sum(jax.lax.map(distance, batches)) / count / inner(average, average)
 
 
 def update_of(algorithm: Algorithm, params: Params, batch: Batch) -> Callable[[PRNGKey], Params]:
@@ -252,7 +253,7 @@ def make_diagnose(
             jax.random.split(update_key, num_updates),
         )
         spread = client_variance(task.loss, params, batches)
-        norm = jnp.sqrt(_inner(gradient, gradient))
+        norm = jnp.sqrt(inner(gradient, gradient))
         return *found, top, found.mean / top, *worth, spread, norm
 
     return lambda params, key: Diagnosis(*map(float, measure(params, key, batch, batches)))
@@ -273,17 +274,10 @@ def _random_like(draw: Callable[..., Array], key: PRNGKey, tree: Params) -> Para
     return jax.tree.unflatten(treedef, drawn)
 
 
-def _inner(a: Params, b: Params) -> Array:
-    def leaf(x: Array, y: Array) -> Array:
-        return jnp.sum(x.astype(jnp.promote_types(x.dtype, jnp.float32)) * y)
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)), jnp.zeros(()))
-
-
 def _add(a: Params, b: Params, scale: Array | float) -> Params:
     return jax.tree.map(lambda x, y: (x + scale * y).astype(x.dtype), a, b)
 
 
 def _normalised(v: Params) -> Params:
-    norm = jnp.sqrt(_inner(v, v))
+    norm = jnp.sqrt(inner(v, v))
     return jax.tree.map(lambda x: (x / jnp.maximum(norm, 1e-30)).astype(x.dtype), v)

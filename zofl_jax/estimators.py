@@ -149,7 +149,7 @@ def projection(
         loss, gradient = evaluate(sums.arrays(params), batch)
 
         def along(direction_key: PRNGKey) -> Array:
-            return _inner(gradient, chosen.sample(direction_key, params)).astype(loss.dtype)
+            return inner(gradient, chosen.sample(direction_key, params)).astype(loss.dtype)
 
         return Estimate(jax.lax.map(along, keys.direction_keys(key, num_perturbations)), loss)
 
@@ -289,7 +289,9 @@ def _scalar(loss_fn: LossFn) -> LossFn:
     return evaluate
 
 
-def _inner(gradient: Params, direction: Params) -> Array:
+def inner(gradient: Params, direction: Params) -> Array:
+    """Returns ⟨gradient, direction⟩, [], summed in at least float32."""
+
     def leaf(g: Array, z: Array | sums.Factors) -> Array:
         wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
         if isinstance(z, sums.Factors):

@@ -116,19 +116,16 @@ def low_rank(rank: int = 1) -> Perturbation:
     def sample(key: PRNGKey, params: Params) -> Params:
         return _map_leaves(functools.partial(_draw_factors, rank), key, params)
 
-    def add(params: Params, direction: Params, scale: Array | float) -> Params:
-        return jax.tree.map(functools.partial(_plus, scale=scale), params, direction, is_leaf=_leaf)
-
     def combine(params: Params, direction_keys: PRNGKey, scalars: Params) -> Params:
         directions = draw_all(sample, direction_keys, params)
-        return jax.tree.map(_plus_many, params, directions, scalars, is_leaf=_leaf)
+        return jax.tree.map(_plus_many, params, directions, scalars, is_leaf=sums.is_value)
 
     def accumulate(direction_keys: PRNGKey, params: Params, scalars: Array) -> Params:
         same = jax.tree.map(lambda _: scalars, params)
         zeros = jax.tree.map(jnp.zeros_like, params)
         return sums.arrays(combine(zeros, direction_keys, same))
 
-    return Perturbation(sample, add, accumulate, combine)
+    return Perturbation(sample, _add, accumulate, combine)
 
 
 def _independent(draw: Draw) -> Perturbation:
@@ -197,11 +194,8 @@ def is_stacked(path: str) -> bool:
 
 
 def _add(params: Params, direction: Params, scale: Array | float) -> Params:
-    return jax.tree.map(functools.partial(_plus, scale=scale), params, direction, is_leaf=_leaf)
-
-
-def _leaf(x: Any) -> bool:
-    return sums.is_value(x)
+    plus = functools.partial(_plus, scale=scale)
+    return jax.tree.map(plus, params, direction, is_leaf=sums.is_value)
 
 
 def _plus(x: Any, z: Any, scale: Array | float) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from zofl_jax import ledger, participation, rounds
+from zofl_jax import ledger, participation, placement, rounds
 from zofl_jax.core import Broadcast, ServerState
 from zofl_jax.diagnostics import Diagnosis
 from zofl_jax.runs import RoundRow, Run, RunError
@@ -51,7 +51,7 @@ def write_rounds(
         for i, sums in enumerate(counted)
     ]
     marks = {
-        FINGERPRINT: float(rounds.fingerprint(progress.state.params)),
+        FINGERPRINT: float(rounds.fingerprint(placement.own_copy(progress.state.params))),
         RUN_SECONDS: progress.run_seconds,
     }
     # Of rounds in which messages were rejected, how many.

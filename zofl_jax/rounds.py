@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from zofl_jax import aggregation, attacks, keys, participation, placement
+from zofl_jax import aggregation, attacks, keys, ledger, participation, placement
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -216,8 +216,7 @@ def capacity(broadcast: Any) -> int:
     >>> capacity(jax.ShapeDtypeStruct((2**22,), jnp.float32))
     4
     """
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(broadcast))
-    return max(1, min(CAPACITY, BUFFER_BYTES // max(size, 1)))
+    return max(1, min(CAPACITY, BUFFER_BYTES // max(ledger.tree_bytes(broadcast), 1)))
 
 
 def make_replay(algorithm: Algorithm, impl: str) -> Callable[..., ServerState]:
@@ -253,15 +252,9 @@ def make_evaluate(task: Task) -> Callable[..., dict[str, Array]]:
     return evaluate
 
 
+@jax.jit
 def fingerprint(params: Params) -> Array:
     """Returns a uint32 checksum of the params' bits, []: any one changed bit changes it."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
-        return _fingerprint(params)
-    return _fingerprint(placement.own_copy(params))
-
-
-@jax.jit
-def _fingerprint(params: Params) -> Array:
     total = jnp.zeros((), jnp.uint32)
     paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     for path, leaf in paths_and_leaves:
@@ -315,9 +308,7 @@ def _acceptable(uploads: Upload, largest: float) -> Array:
 
 
 def _where_rows(rows: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(
-        lambda a, b: jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old
-    )
+    return jax.tree.map(lambda a, b: jnp.where(aggregation.rows(rows, a), a, b), new, old)
 
 
 def _rows(memory: Any, cohort: Array) -> Any:

@@ -2,6 +2,10 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class RunError(Exception):
@@ -13,6 +17,12 @@ def write_atomically(path: Path, *parts: bytes) -> None:
     with open(temporary_path(path), "wb") as file:
         for part in parts:
             file.write(part)
+    replace(temporary_path(path), path)
+
+
+def save_figure(path: Path, figure: "Figure") -> None:
+    """Saves a figure, likewise, in the format of the file's ending."""
+    figure.savefig(temporary_path(path), format=path.suffix.removeprefix("."))
     replace(temporary_path(path), path)
 
 

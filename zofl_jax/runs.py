@@ -33,7 +33,7 @@ from zofl_jax import snapshots
 from zofl_jax.run_files import (
     RunError,
     remove_temporary_files,
-    replace,
+    save_figure,
     temporary_path,
     write_atomically,
 )
@@ -152,8 +152,7 @@ class Run:
             raise ValueError(f"a figure's name must be a plain file name, got {name!r}")
         path = self.path / name
         with _os_errors_reported(self.path):
-            figure.savefig(temporary_path(path), format=path.suffix.removeprefix("."))
-            replace(temporary_path(path), path)
+            save_figure(path, figure)
         return path
 
     def close(self) -> None:

@@ -33,12 +33,16 @@ class Trace(NamedTuple):
 
     first_round: int
     seeds: np.ndarray  # uint32 [n, words], the raw words of the shared keys
-    cohorts: np.ndarray  # int32 [n, clients_per_round]
     broadcasts: Broadcast  # a tree of arrays [n, ...]
     losses: np.ndarray  # [n], the cohort's mean training loss
     failed_loss: float | None  # the loss of the round after these, if it was not healthy
     attendance: participation.Attendance  # [n, clients_per_round] each
     rejected: np.ndarray  # int32 [n], messages the server rejected
+
+    @property
+    def cohorts(self) -> np.ndarray:
+        """Who was asked, int32 [n, clients_per_round]."""
+        return np.asarray(self.attendance.cohort)
 
 
 class Record(NamedTuple):
@@ -237,7 +241,6 @@ def make_simulator(
         trace = Trace(
             first_round,
             seeds(np.arange(first_round, first_round + done)),
-            np.asarray(kept.attendance.cohort),
             kept.broadcast,
             np.asarray(kept.loss),
             failed_loss,

@@ -105,7 +105,7 @@ def _inline(eqn: Any, *inputs: Any) -> list[Any]:
     return _run(jaxpr, consts, inputs)
 
 
-def _scan(eqn: Any, *inputs: Any) -> list[Any] | None:
+def _scan(eqn: Any, *inputs: Any) -> list[Any]:
     params = eqn.params
     num_consts, num_carry = params["num_consts"], params["num_carry"]
     consts, xs = inputs[:num_consts], inputs[num_consts + num_carry :]
@@ -177,35 +177,27 @@ def _transpose(eqn: Any, x: Any) -> list[Any] | None:
         return None
     order = eqn.params["permutation"]
 
-    def factor(part: Array, *sides: Side) -> Array:
-        own = x.axes(*sides)
+    def factor(part: Array, own: list[int]) -> Array:
         return part.transpose(*[own.index(i) for i in order if i in own], part.ndim - 1)
 
-    terms = tuple(
-        term.replace(a=factor(term.a, "stack", "left"), b=factor(term.b, "stack", "right"))
-        for term in x.terms
-    )
-    return [LowRank(x.base.transpose(order), terms, tuple(x.sides[i] for i in order))]
+    return [x.rearranged(x.base.transpose(order), tuple(x.sides[i] for i in order), factor)]
 
 
 def _reshape(eqn: Any, x: Any) -> list[Any] | None:
     """Merges or splits axes of one side each, such as a kernel [h, w, C, F] into [h w C, F]."""
     if not isinstance(x, LowRank) or eqn.params.get("dimensions") is not None:
         return None
-    sides = _reshaped_sides(x.shape, x.sides, eqn.params["new_sizes"])
+    new = eqn.params["new_sizes"]
+    sides = _reshaped_sides(x.shape, x.sides, new)
     if sides is None:
         return None
-    new = eqn.params["new_sizes"]
 
-    def factor(part: Array, *own: Side) -> Array:
-        kept = [size for size, side in zip(new, sides, strict=True) if side in own]
+    def factor(part: Array, own: list[int]) -> Array:
+        there = {x.sides[i] for i in own}
+        kept = [size for size, side in zip(new, sides, strict=True) if side in there]
         return part.reshape(*kept, part.shape[-1])
 
-    terms = tuple(
-        term.replace(a=factor(term.a, "stack", "left"), b=factor(term.b, "stack", "right"))
-        for term in x.terms
-    )
-    return [LowRank(x.base.reshape(new), terms, sides)]
+    return [x.rearranged(x.base.reshape(new), sides, factor)]
 
 
 def _reshaped_sides(
@@ -261,7 +253,7 @@ def _dot(eqn: Any, x: Any, y: Any) -> list[Any] | None:
     (x_axes, y_axes), (x_batch, y_batch) = eqn.params["dimension_numbers"]
     if x_batch or y_batch or (is_value(x) and is_value(y)):
         return None
-    params = {k: v for k, v in eqn.params.items() if k not in ("dimension_numbers",)}
+    params = {k: v for k, v in eqn.params.items() if k != "dimension_numbers"}
     if not isinstance(y, LowRank):
         if not isinstance(x, LowRank):
             return None
@@ -318,9 +310,7 @@ def _contract(
 
 _RULES: dict[str, Callable[..., Sequence[Any] | None]] = {
     "jit": _inline,
-    "pjit": _inline,
     "closed_call": _inline,
-    "core_call": _inline,
     "checkpoint": _inline,
     "remat2": _inline,
     "custom_jvp_call": _inline,
@@ -329,7 +319,6 @@ _RULES: dict[str, Callable[..., Sequence[Any] | None]] = {
     "while": _while,
     "cond": _cond,
     "copy": _elementwise,
-    "copy_p": _elementwise,
     "convert_element_type": _convert,
     "transpose": _transpose,
     "reshape": _reshape,

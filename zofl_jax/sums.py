@@ -8,7 +8,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,38 +39,10 @@ BLOCK = 2**20
 """The most numbers drawn at once: what a generator needs in between is a multiple of it."""
 
 
-class Value(Protocol):
-    """What stands for an array."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the array."""
-
-    @property
-    def dtype(self) -> Any:
-        """Of the array."""
-
-    def array(self) -> Array:
-        """Returns the array."""
-
-    def layers(self) -> tuple[Any, Callable[[Any], Any]] | None:
-        """Returns (arrays [L, ...], part of them -> value of one layer); None if unstacked."""
-
-
-class Term(struct.PyTreeNode):
-    """A diag(c) Bᵀ."""
-
-    a: Array  # [stack..., left..., R]
-    b: Array  # [stack..., right..., R]
-    c: Array  # [R]
-
-
-class LowRank(struct.PyTreeNode):
-    """W + Σ_t A_t diag(c_t) B_tᵀ."""
+class Value:
+    """A sum that stands for the array it would be."""
 
     base: Array
-    terms: tuple[Term, ...]
-    sides: tuple[Side, ...] = struct.field(pytree_node=False)  # of each axis of the base
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,6 +53,30 @@ class LowRank(struct.PyTreeNode):
     def dtype(self) -> Any:
         """Of the array."""
         return self.base.dtype
+
+    def array(self) -> Array:
+        """Returns the array."""
+        raise NotImplementedError
+
+    def layers(self) -> tuple[Any, Callable[[Any], Any]] | None:
+        """Returns (arrays [L, ...], part of them -> value of one layer); None if unstacked."""
+        raise NotImplementedError
+
+
+class Term(struct.PyTreeNode):
+    """A diag(c) Bᵀ."""
+
+    a: Array  # [stack..., left..., R]
+    b: Array  # [stack..., right..., R]
+    c: Array  # [R]
+
+
+class LowRank(Value, struct.PyTreeNode):
+    """W + Σ_t A_t diag(c_t) B_tᵀ."""
+
+    base: Array
+    terms: tuple[Term, ...]
+    sides: tuple[Side, ...] = struct.field(pytree_node=False)  # of each axis of the base
 
     def array(self) -> Array:
         """Returns the sum."""
@@ -105,6 +101,20 @@ class LowRank(struct.PyTreeNode):
     def axes(self, *sides: Side) -> list[int]:
         """Returns which axes of the base come from these sides."""
         return [i for i, side in enumerate(self.sides) if side in sides]
+
+    def rearranged(
+        self, base: Array, sides: tuple[Side, ...], factor: Callable[[Array, list[int]], Array]
+    ) -> "LowRank":
+        """Returns the value with other axes.
+
+        Args:
+          base: with them.
+          sides: of its axes.
+          factor: (A or B, which axes of the old base it has) -> the same with other axes.
+        """
+        left, right = self.axes("stack", "left"), self.axes("stack", "right")
+        terms = (t.replace(a=factor(t.a, left), b=factor(t.b, right)) for t in self.terms)
+        return LowRank(base, tuple(terms), sides)
 
     def map(self, fn: Callable[[Array], Array]) -> "LowRank":
         """Returns the value with `fn` applied to base, A and B."""
@@ -184,22 +194,12 @@ class Seeded(struct.PyTreeNode):
         )
 
 
-class Drawn(struct.PyTreeNode):
+class Drawn(Value, struct.PyTreeNode):
     """W + μ z."""
 
     base: Array
     direction: Seeded
     scale: Array  # []
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the array."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Of the array."""
-        return self.base.dtype
 
     def array(self) -> Array:
         """Returns the sum."""
@@ -270,7 +270,7 @@ def matrix_sides(ndim: int, stacked: bool) -> tuple[Side, ...]:
 
 def is_value(x: Any) -> bool:
     """Returns whether x stands for an array without being one."""
-    return isinstance(x, (LowRank, Drawn, Factors, Seeded))
+    return isinstance(x, (Value, Factors, Seeded))
 
 
 def as_array(x: Any) -> Any:
