@@ -242,10 +242,18 @@ def in_blocks(
         derive = keys.block_key if leaf_keys.ndim == 0 else jax.vmap(keys.block_key, (0, None))
         return in_blocks(fn, derive(leaf_keys, i), part, False)
 
-    numbers = jnp.arange(blocks, dtype=jnp.uint32)
     if math.prod(shape) <= BLOCK:
-        return jax.vmap(block)(numbers).reshape(shape)
-    return lax.map(block, numbers).reshape(shape)
+        return jax.vmap(block)(jnp.arange(blocks, dtype=jnp.uint32)).reshape(shape)
+    made = jax.eval_shape(block, jnp.zeros((), jnp.uint32))
+    # Filled with a word of the leaf's own, to be overwritten: leaves of one shape would start from
+    # the same zeros, which XLA makes once, keeps and copies.
+    word = jax.random.key_data(leaf_keys).reshape(-1)[0]
+    return lax.fori_loop(
+        0,
+        blocks,
+        lambda i, out: lax.dynamic_update_index_in_dim(out, block(i.astype(jnp.uint32)), i, 0),
+        jnp.full((blocks, *made.shape), word, made.dtype),
+    ).reshape(shape)
 
 
 def _num_blocks(shape: tuple[int, ...]) -> int:
