@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from experiments import conditions, language, methods, partitions, schedules
 from experiments.entry import UserError
 from zofl_jax import (
+    compilation,
     keys,
     local_models,
     placement,
@@ -47,6 +48,7 @@ MODELS = {
 }
 CONVOLUTIONAL = ("mnist_cnn", "fashion_cnn", "lenet")
 EVAL_BATCH, LANGUAGE_EVAL_BATCH = 512, 32  # examples at once
+MEMORY_SHARE = 0.8  # of what is free, for a round
 
 flags.DEFINE_string(
     "task",
@@ -84,8 +86,8 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
     "clients_at_once",
     None,
-    "Clients evaluated at once, 0 for all; 1 for convolutional models and all for others unless "
-    "given.",
+    "Clients evaluated at once, 0 for all. Unless given, 1 for convolutional models, for texts as "
+    "many as the device's memory holds, for others all.",
     lower_bound=0,
 )
 flags.DEFINE_integer(
@@ -187,12 +189,11 @@ def resolve() -> dict[str, Any]:
                 f"--objective={values['objective']} has no useful gradient, which "
                 f"--estimator={values['estimator']} needs: use forward or central"
             )
-    convolutional = values["model"] in CONVOLUTIONAL
-    singly = {
-        "clients_at_once": convolutional,
-        "perturbations_at_once": convolutional or language.is_language_task(task),
-    }
-    values.update({name: int(one) for name, one in singly.items() if values[name] is None})
+    convolutional, texts = values["model"] in CONVOLUTIONAL, language.is_language_task(task)
+    if values["clients_at_once"] is None and not texts:
+        values["clients_at_once"] = int(convolutional)
+    if values["perturbations_at_once"] is None:
+        values["perturbations_at_once"] = int(convolutional or texts)
     if task in ("idx", "npz") and not values["data_dir"]:
         kind = "the folder with the IDX files" if task == "idx" else "the .npz file"
         raise ValueError(f"--task={task} needs --data_dir={kind}")
@@ -310,6 +311,8 @@ def rebuild(
 def _simulator(values: Values, task: Task, mesh: Mesh | None) -> simulation.Simulator:
     texts = language.is_language_task(values["task"])
     root = keys.root(values["seed"], values["prng_impl"])
+    if values["clients_at_once"] is None:
+        values = {**values, "clients_at_once": _clients_at_once(values, task, root)}
     return simulation.make_simulator(
         methods.build_phases(values, task),
         task,
@@ -323,6 +326,25 @@ def _simulator(values: Values, task: Task, mesh: Mesh | None) -> simulation.Simu
         conditions=conditions.build(values, task, root),
         epsilon=conditions.epsilon(values, task),
     )
+
+
+def _clients_at_once(values: Values, task: Task, root: keys.RootKeys) -> int:
+    """Returns how many clients' activations the device's memory holds, 0 for all of a round's."""
+    available = compilation.memory_available()
+    if values["clients_per_round"] == 1 or not available:
+        return 0
+    backward = values["algorithm"] in methods.FIRST_ORDER or values["estimator"] == "projection"
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((values["batch_size"], *x.shape[1:]), x.dtype),
+        task.train.examples,
+    )
+    fitting = compilation.clients_that_fit(
+        jax.value_and_grad(task.loss) if backward else task.loss,
+        jax.eval_shape(task.init, root.init),
+        batch,
+        int(MEMORY_SHARE * available),
+    )
+    return 0 if fitting >= values["clients_per_round"] else fitting
 
 
 def _mesh(values: Values, devices: int | None) -> Mesh | None:

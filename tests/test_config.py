@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from tiny_tasks import BATCH_SIZE, softmax_task
 
 from experiments import config, methods, schedules
 from experiments.entry import UserError
 from experiments.schedules import Change
-from zofl_jax import estimators, keys, perturbations
+from zofl_jax import compilation, estimators, keys, perturbations
 from zofl_jax.core import Phase, Task
 from zofl_jax.simulation import phase_at
 
@@ -81,6 +82,22 @@ def test_convolutional_models_take_a_client_at_a_time():
     assert resolve("--model=mnist_cnn")["clients_at_once"] == 1
     assert resolve("--model=mnist_cnn", "--clients_at_once=4")["clients_at_once"] == 4
     assert resolve("--model=mlp")["clients_at_once"] == 0
+
+
+def test_texts_take_as_many_clients_at_a_time_as_memory_holds(monkeypatch):
+    root, task = keys.root(0), softmax_task()
+    values = resolve("--clients_per_round=5", f"--batch_size={BATCH_SIZE}")
+
+    def chosen(available, **changes):
+        monkeypatch.setattr(compilation, "memory_available", lambda: available)
+        return config._clients_at_once(values | changes, task, root)
+
+    assert chosen(2**30) == 0  # all of them
+    assert chosen(1) == 1
+    between = [chosen(available) for available in range(200, 4000, 200)]
+    assert {2, 3, 4} <= set(between) and between[-1] == 0
+    assert chosen(0) == 0  # not known
+    assert chosen(900) > chosen(900, estimator="projection") >= 1  # the gradient needs more
 
 
 INTEGERS = (

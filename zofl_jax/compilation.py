@@ -1,13 +1,15 @@
-"""Ahead-of-time compilation in which the arrays a function closes over are arguments."""
+"""Ahead-of-time compilation, in which the arrays a function closes over are arguments; memory."""
 
 import functools
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.extend.core
 
-from zofl_jax.core import Array
+from zofl_jax.core import Array, Batch, Params
 
 
 def compiled(
@@ -63,3 +65,35 @@ def memory_bytes(function: Callable[..., Any]) -> int:
         + found.temp_size_in_bytes
         - found.alias_size_in_bytes
     )
+
+
+def memory_available() -> int:
+    """Returns the free memory of the first local device in bytes, 0 if it is not known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def clients_that_fit(fn: Callable[..., Any], params: Params, batch: Batch, room: int) -> int:
+    """Returns how many clients may be evaluated at once, at least 1.
+
+    Args:
+      fn: (params, batch) -> what a client computes: the loss, or loss and gradient.
+      params: arrays or their shapes. Twice their size is set aside, for them and their update.
+      batch: of one client, arrays or their shapes.
+      room: bytes for all that, such as a share of `memory_available`.
+
+    >>> import jax.numpy as jnp
+    >>> x = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    >>> clients_that_fit(lambda w, x: jnp.sort(w * x).sum(), x, x, 10**6) > 10
+    True
+    >>> clients_that_fit(lambda w, x: jnp.sort(w * x).sum(), x, x, 0)
+    1
+    """
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
+    each = memory_bytes(compiled(fn, (params, batch))) - size
+    return max(1, (room - 2 * size) // max(each, 1))
