@@ -9,10 +9,10 @@ flags of its own after its name:
     --method=decomfl-20 --algorithm=decomfl --num_perturbations=20
 
 The name is the algorithm unless `--algorithm` follows. With the first seed a method tries its
-`--learning_rate` times each factor of `--grid`; the one of the best accuracy it takes to the
-other seeds. The workdir holds the table (`table.md`, `table.csv`), the figures, and a run
-directory for each run, as `experiments.train` writes them. The same command again goes on
-where it was stopped.
+`--learning_rate` times each factor of `--grid`, for `--trial_share` of its rounds; the one of the
+best accuracy it takes to all rounds and the other seeds. The workdir holds the table (`table.md`,
+`table.csv`), the figures, and a run directory for each run, as `experiments.train` writes them.
+The same command again goes on where it was stopped.
 """
 
 import contextlib
@@ -41,12 +41,18 @@ flags.DEFINE_list(
     ["0.3", "1", "3"],
     "Learning rates that each method tries, as multiples of its --learning_rate.",
 )
+flags.DEFINE_float(
+    "trial_share",
+    1.0,
+    "Share of its rounds that a method tries each learning rate for, in (0, 1].",
+    upper_bound=1.0,
+)
 flags.DEFINE_integer("seeds", 3, "Repetitions, with seeds from --seed on.", lower_bound=1)
 flags.DEFINE_list("targets", ["0.8", "0.9"], "Test accuracies that costs are counted to.")
 
 FLAGS = flags.FLAGS
 
-OWN = ("method", "grid", "seeds", "targets")
+OWN = ("method", "grid", "trial_share", "seeds", "targets")
 
 
 class Method(NamedTuple):
@@ -65,6 +71,11 @@ class Method(NamedTuple):
         """The name as a folder's."""
         return re.sub(r"[^\w.-]+", "_", self.name)
 
+    def trial_rounds(self, share: float) -> int:
+        """Returns the rounds of a trial: a share of all, up to an evaluation."""
+        rounds, every = self.values["rounds"], self.values["eval_every"]
+        return min(rounds, math.ceil(share * rounds / every) * every)
+
 
 def main() -> None:
     """Runs the comparison that the flags describe."""
@@ -75,6 +86,8 @@ def main() -> None:
         raise entry.UserError(f"--targets are accuracies of at most 1, got {targets[-1]:g}")
     for method in methods:
         train.check_diagnose_every(method.values)
+    if not FLAGS.trial_share > 0:
+        raise entry.UserError(f"--trial_share must be in (0, 1], got {FLAGS.trial_share:g}")
     if FLAGS.auto_lr:
         raise entry.UserError("--auto_lr is for single runs: here --grid tries the learning rates")
     seeds = range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
@@ -85,10 +98,12 @@ def main() -> None:
 
     first = methods[0].values
     title = f"{first['task']}, {report.model_name(first)}"
+    share = FLAGS.trial_share
+    tried_for = "" if share == 1 else f", each tried for {100 * share:g} % of the rounds"
     heading = (
         f"Methods on {title}: {first['num_clients']} clients, {len(seeds)} seeds; of "
-        f"{len(factors)} learning rates the one of the best accuracy with seed {seeds[0]}. Costs "
-        "are of all clients together; mean ± standard deviation over seeds."
+        f"{len(factors)} learning rates the one of the best accuracy with seed {seeds[0]}"
+        f"{tried_for}. Costs are of all clients together; mean ± standard deviation over seeds."
     )
     grids = {
         method.name: [float(f"{method.values['learning_rate'] * f:.6g}") for f in factors]
@@ -103,19 +118,25 @@ def main() -> None:
         _write(workdir / "table.md", comparison.as_markdown(table, grids, heading))
         return table
 
-    num_runs = len(factors) + len(seeds) - 1
+    trials = {method.name: method.trial_rounds(share) for method in methods}
+    more = len(seeds) - (share == 1)  # runs of all rounds beside the trials
     with tqdm.tqdm(
-        total=sum(num_runs * method.values["rounds"] for method in methods),
+        total=sum(len(factors) * trials[m.name] + more * m.values["rounds"] for m in methods),
         unit=" rounds",
         smoothing=0,  # methods differ in speed: the time left comes from the mean
         dynamic_ncols=True,
         disable=not FLAGS.progress,
     ) as bar:
         for method in methods:
-            rates = grids[method.name]
-            results += [_run(workdir, method, seeds[0], rate, bar) for rate in rates]
-            best = comparison.best_rate(results[-len(rates) :])
-            results += [_run(workdir, method, seed, best, bar) for seed in seeds[1:]]
+            tried = [
+                _run(workdir, method, seeds[0], rate, bar, trials[method.name])
+                for rate in grids[method.name]
+            ]
+            best = comparison.best_rate(tried)
+            # The chosen trial goes on to all rounds.
+            results += [each for each in tried if share == 1 or each.learning_rate != best]
+            for seed in seeds[len(seeds) - more :]:
+                results.append(_run(workdir, method, seed, best, bar, method.values["rounds"]))
             chosen[method.name] = best
             write()
     for name, figure in comparison.figures(results, chosen, targets, title).items():
@@ -182,10 +203,10 @@ def default_workdir(methods: Sequence[Method]) -> Path:
 
 
 def _run(
-    workdir: Path, method: Method, seed: int, rate: float, bar: tqdm.tqdm
+    workdir: Path, method: Method, seed: int, rate: float, bar: tqdm.tqdm, rounds: int
 ) -> comparison.Result:
     """Returns the result of one run; a finished one is read, a stopped one goes on."""
-    values = {**method.values, "seed": seed, "learning_rate": rate}
+    values = {**method.values, "seed": seed, "learning_rate": rate, "rounds": rounds}
     bar.set_description(f"{method.name} lr={rate:g} seed={seed}")
 
     def start_bar(done: int) -> contextlib.nullcontext:
@@ -194,16 +215,21 @@ def _run(
 
     path = workdir / method.folder / f"lr{rate:g}-seed{seed}"
     with open_run(path, values, train.MAY_CHANGE) as run:
+        summary = run.read_summary()
+        got_to = max(run.log.last_round + 1, (summary or {}).get("diverged_round", 0))
+        if summary and got_to > rounds:  # a trial that was chosen and went on
+            _skip(bar, rounds)
+            return comparison.Result(method.name, seed, rate, comparison.cut(summary, rounds))
         ended = train.finished(run, values)
         summary = ended.summary if ended else run.read_summary()
         if summary and "diverged_round" in summary:
-            _skip(bar, values["rounds"])
+            _skip(bar, rounds)
             return comparison.Result(method.name, seed, rate, summary)
         if summary and ended:
-            _skip(bar, values["rounds"])
+            _skip(bar, rounds)
         else:
             summary = train.train(run, values, None, start_bar, figures=False).summary
-            _skip(bar, values["rounds"] - summary["rounds"])
+            _skip(bar, rounds - summary["rounds"])
     if summary.get("failure"):
         train.note(f"{method.name}, learning rate {rate:g}, seed {seed}: {summary['failure']}")
     return comparison.Result(method.name, seed, rate, summary)

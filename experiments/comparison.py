@@ -82,6 +82,25 @@ def best_rate(results: Sequence[Result]) -> float:
     return max(results, key=merit).learning_rate
 
 
+def cut(summary: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    """Returns the summary of a run as far as its first `rounds` rounds tell.
+
+    >>> rows = [{"round": n, "test_accuracy": n / 10} for n in (2, 4)]
+    >>> summary = {"history": rows, "history_seconds": [1.0, 2.0], "diverged_round": 4}
+    >>> cut(summary, 3)["best_test_accuracy"], "diverged_round" in cut(summary, 3)
+    (0.2, False)
+    """
+    kept = [row["round"] <= rounds for row in summary["history"]]
+    history = [row for row, keep in zip(summary["history"], kept, strict=True) if keep]
+    seconds = [s for s, keep in zip(summary["history_seconds"], kept, strict=True) if keep]
+    accuracies = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
+    found = {**summary, "history": history, "history_seconds": seconds}
+    found["best_test_accuracy"] = max(accuracies, default=None)
+    if found.get("diverged_round", 0) > rounds:
+        del found["diverged_round"]
+    return found
+
+
 def cost_to(result: Result, target: float) -> dict[str, float | None]:
     """Returns `COSTS` of a run to its first evaluation at `target` or above, None if not reached.
 
