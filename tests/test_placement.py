@@ -21,8 +21,6 @@ sys.path.insert(0, sys.argv[1])
 from zofl_jax import placement
 
 assert placement.use_cpu_devices(2) == 2
-import jaxlib, os
-assert placement.XLA_FLAGS.get(jaxlib.__version__, "") in os.environ.get("XLA_FLAGS", "")
 import jax, numpy as np, optax
 from tiny_tasks import softmax_task
 from zofl_jax import estimators, perturbations, rounds, simulation
@@ -91,9 +89,8 @@ def test_one_device_is_no_mesh():
     assert placement.over_devices(fn, None) is fn
 
 
-def test_too_few_devices_are_refused(monkeypatch):
+def test_too_few_devices_are_refused():
     with pytest.raises(ValueError, match="at least 1 device, got 0"):
         placement.use_cpu_devices(0)
     here = len(jax.local_devices())
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-reduce")
     assert placement.use_cpu_devices(here + 3) == here  # too late: JAX runs already

@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -29,20 +28,12 @@ CLIENTS = "clients"
 """The mesh axis that clients are shared out over."""
 
 
-XLA_FLAGS = {"0.10.2": "--xla_cpu_experimental_ynn_fusion_type=-reduce"}
-"""Release of jaxlib -> flag for a CPU. XLA aborts at a flag that it doesn't know.
-
-0.10.2 can fuse a matrix product into the mean that follows: `(x @ (w + mu * v)).mean()` of width
-4096 takes 2.9 s on an AMD EPYC and 0.06 s with the flag; on a Xeon 0.02 s and 0.04 s.
-"""
-
-
 def use_cpu_devices(count: int | None = None) -> int:
     """Makes JAX see the CPU as several devices; returns how many.
 
-    A convolution uses one thread, so clients on two devices run on two cores at once. The XLA flags
-    that the installed release needs on a CPU are set too, see `XLA_FLAGS`. It must be called before
-    JAX is used for the first time; later, or where there is an accelerator, it changes nothing.
+    A convolution uses one thread, so clients on two devices run on two cores at once. It must be
+    called before JAX is used for the first time; later, or where there is an accelerator, it
+    changes nothing.
 
     Args:
       count: >= 1; as many as there are cores unless given.
@@ -53,10 +44,6 @@ def use_cpu_devices(count: int | None = None) -> int:
     if count is not None and count < 1:
         raise ValueError(f"the CPU must be at least 1 device, got {count}")
     wanted = count or _num_cores()
-    own = XLA_FLAGS.get(jaxlib.__version__, "")
-    given = os.environ.get("XLA_FLAGS", "")
-    if own.split("=")[0] not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {own}".strip()
     # JAX refuses both this flag and its own setting.
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX runs already
