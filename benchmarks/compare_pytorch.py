@@ -24,6 +24,7 @@ ago on average, so it misses N / M - 1 and replays N / M, its own last one inclu
 from it, since a hundred models don't fit into memory.
 """
 
+import argparse
 import copy
 import functools
 import importlib.metadata
@@ -238,6 +239,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--config", required=True, choices=[c for c in workloads.CONFIGS if c != "opt-1.3b"]
     )
     made.add_argument("--variants", default="gaussian", help="of our round, separated by commas")
+    made.add_argument(
+        "--lean",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of language models, time the lean form too",
+    )
     made.add_argument("--torch_threads", type=int, help="all cores unless given")
     made.add_argument("--prng_impl", default="threefry2x32", choices=keys.IMPLEMENTATIONS)
     options = made.parse_args(argv)
@@ -254,7 +261,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result = {
         "config": options.config,
         "prng_impl": options.prng_impl,
-        **compare(work, variants, devices, options.prng_impl, options.repeats),
+        **compare(work, variants, devices, options.prng_impl, options.repeats, options.lean),
     }
     result |= measuring.machine(devices)
     result["versions"] |= {"torch": importlib.metadata.version("torch")}
@@ -264,10 +271,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def compare(
-    work: Work, variants: Sequence[str], devices: int, prng_impl: str, repeats: int
+    work: Work,
+    variants: Sequence[str],
+    devices: int,
+    prng_impl: str,
+    repeats: int,
+    lean: bool = True,
 ) -> dict[str, Any]:
-    """Returns the times of both forms of a round and their ratios."""
+    """Returns the times of both forms of a round and their ratios; `lean` adds the lean form."""
     forms = torch_forms(work)
+    if not lean:
+        forms.pop("lean", None)
     ours = [Rounds(workloads.simulator(work, variant, devices, prng_impl)) for variant in variants]
     jobs: list[Callable[[], Any]] = [*forms.values(), *ours]
     times = measuring.by_turns(jobs, repeats)

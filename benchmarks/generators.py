@@ -1,40 +1,33 @@
-"""Measures how fast random directions are drawn, by generator and distribution.
+"""Measures how fast random directions are drawn and summed, by generator and distribution.
 
     python -m benchmarks.generators --out=benchmarks/results/generators.json
 
-A direction for one square matrix is drawn and summed up (so that it is made, but need not be
-written), `SIZE` numbers at a time, on one device. Rates are millions of entries a second. Low rank
-draws only the factors: a matrix of `SIZE` entries takes two vectors of its square root.
+A round adds directions up block by block, so that is what is timed: `COUNT` draws of a block of
+`SIZE` numbers, each added to a sum, on one device. Names that begin with "jax" are `jax.random`'s,
+the others those of `zofl_jax.generators`. Rates are millions of numbers a second.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import measuring, workloads
-from zofl_jax import compilation, keys, placement
+from benchmarks import measuring
+from zofl_jax import compilation, generators, keys, placement, sums
 from zofl_jax.core import Array, PRNGKey
 
-SIZE, SMOKE_SIZE = 2048**2, 64**2
+SIZE, SMOKE_SIZE, COUNT = sums.BLOCK, 64**2, 16
 
-
-def draws(size: int) -> dict[str, Callable[[PRNGKey], Any]]:
-    """Returns what is drawn by name, each key -> a tree of arrays."""
-    side = math.isqrt(size)
-    params = {"kernel": jnp.zeros((side, side))}
-    named: dict[str, Callable[[PRNGKey], Any]] = {
-        "words": lambda key: jax.random.bits(key, (size,), jnp.uint32),
-        "normal": lambda key: jax.random.normal(key, (size,)),
-        "jax_rademacher": lambda key: jax.random.rademacher(key, (size,), jnp.float32),
-    }
-    for variant in ("gaussian", "rademacher", "low_rank"):
-        sample = workloads.perturbation(variant).sample
-        named[variant] = functools.partial(_sample, sample, params)
-    return named
+DRAWS: dict[str, Callable[[PRNGKey, tuple[int, ...]], Array]] = {
+    "jax_words": lambda key, shape: jax.random.bits(key, shape, jnp.uint32).astype(jnp.float32),
+    "words": lambda key, shape: generators.words(key, shape).astype(jnp.float32),
+    "jax_normal": jax.random.normal,
+    "normal": lambda key, shape: generators.normal(key, shape, jnp.float32),
+    "jax_rademacher": lambda key, shape: jax.random.rademacher(key, shape, jnp.float32),
+    "signs": lambda key, shape: generators.signs(key, shape, jnp.float32),
+}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -48,30 +41,31 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     names, jobs = [], []
     for impl in keys.IMPLEMENTATIONS:
         key = jax.random.key(0, impl=impl)
-        for name, draw in draws(size).items():
-            compiled = compilation.compiled(functools.partial(_total, draw), (key,))
+        for name, draw in DRAWS.items():
+            compiled = compilation.compiled(functools.partial(total, draw, size), (key,))
             names.append((impl, name))
             jobs.append(functools.partial(_wait, compiled, key))
     times = measuring.by_turns(jobs, options.repeats)
     rates: dict[str, dict[str, Any]] = {impl: {} for impl in keys.IMPLEMENTATIONS}
+    numbers = size * COUNT / 1e6
     for (impl, name), each in zip(names, times, strict=True):
         rates[impl][name] = {
-            "million_per_second": size / each.median / 1e6,
-            "best_million_per_second": size / min(each.seconds) / 1e6,
-            "million_per_cpu_second": size / each.median_cpu / 1e6,
+            "million_per_second": numbers / each.median,
+            "best_million_per_second": numbers / min(each.seconds),
+            "million_per_cpu_second": numbers / each.median_cpu,
         }
     result = {"size": size, "turns": options.repeats, "rates": rates, **measuring.machine(1)}
     measuring.report(result, options.out)
     return result
 
 
-def _sample(sample: Callable[..., Any], params: Any, key: PRNGKey) -> Any:
-    return sample(key, params)
+def total(draw: Callable[[PRNGKey, tuple[int, ...]], Array], size: int, key: PRNGKey) -> Array:
+    """Returns the sum of `COUNT` draws of so many numbers."""
 
+    def add(sum_so_far: Array, own_key: PRNGKey) -> tuple[Array, None]:
+        return sum_so_far + draw(own_key, (size,)), None
 
-def _total(draw: Callable[[PRNGKey], Any], key: PRNGKey) -> Array:
-    leaves = jax.tree.leaves(draw(key))
-    return sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves), jnp.zeros(()))
+    return jax.lax.scan(add, jnp.zeros(size), keys.direction_keys(key, COUNT))[0]
 
 
 def _wait(compiled: Callable[..., Any], key: PRNGKey) -> None:

@@ -33,6 +33,10 @@ class Times(NamedTuple):
         """The median of the CPU time, seconds."""
         return statistics.median(self.cpu_seconds)
 
+    def scaled(self, factor: float) -> "Times":
+        """Returns the times of `factor` times the work."""
+        return Times(*([factor * x for x in each] for each in self))
+
 
 def by_turns(
     jobs: Sequence[Callable[[], Any]], repeats: int, least_seconds: float = 0.0

@@ -3,10 +3,10 @@
     python -m benchmarks.memory --out=benchmarks/results/memory.json
 
 Two figures, both in units of the params and without the bound's own activations (the temporaries of
-one forward pass of as many examples as the round evaluates at once: low rank evaluates all its
-perturbed models together): what the compiler says a round needs, arguments, results and
-temporaries; and the peak of a process during its second round, less what it held beside its arrays
-before that round (with one direction and short texts, which change no array of the params' size).
+one forward pass of as many examples as the round evaluates at once): what the compiler says a round
+needs, arguments, results and temporaries; and the peak of a process during its second round, less
+what it held beside its arrays before that round (with one direction and short texts, which change
+no array of the params' size).
 Clients are evaluated two at a time, so that their number changes nothing.
 """
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     made.add_argument("--prng_impl", default="threefry2x32", choices=keys.IMPLEMENTATIONS)
     made.add_argument(
-        "--perturbations_at_once", type=int, help="of low_rank; all of them unless given"
+        "--perturbations_at_once", type=int, default=1, help="of low_rank; as `round` unless given"
     )
     made.add_argument("--one", help=argparse.SUPPRESS)
     options = made.parse_args(argv)
@@ -111,7 +111,7 @@ def compiled_peak(work: Work, variant: str, prng_impl: str) -> dict[str, Any]:
 def forward_temporaries(work: Work, variant: str) -> int:
     """Returns the temporaries of a forward pass of what the round evaluates at once, in bytes."""
     params = jax.eval_shape(work.task.init, jax.random.key(0))
-    models = work.perturbations_at_once or work.num_perturbations + 1
+    models = work.perturbations_at_once or 1
     size = work.batch * AT_ONCE * (models if variant == "low_rank" else 1)
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), work.task.test

@@ -4,7 +4,7 @@
 
 The round is that of `simulation.make_simulator`, random weights and data; its bound is the
 unperturbed forward pass of the same number of examples, in the batches and on as many devices
-as are fastest. Both take turns in one process, so that a busy moment hits both; medians.
+as are fastest, by their medians. All take turns in one process, so that a busy moment hits all.
 `--variant=projection` times the round with finite differences too, by turns with it.
 
 `--config=population` times rounds of 10 clients out of 100 to a million (softmax regression, the
@@ -14,8 +14,7 @@ hardest case: the less a round does, the more a population would show).
 import argparse
 import functools
 import math
-import os
-from pathlib import Path
+import time
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ import numpy as np
 
 from benchmarks import measuring, workloads
 from benchmarks.workloads import Work
-from zofl_jax import keys, placement, simulation
+from zofl_jax import compilation, keys, placement, simulation
 
 POPULATION = "population"
 POPULATIONS = (100, 1000, 10_000, 100_000, 1_000_000)
@@ -82,13 +81,17 @@ def measure(work: Work, variant: str, devices: int, prng_impl: str, repeats: int
     if variant == "projection":
         rounds.append(Rounds(workloads.simulator(work, "gaussian", devices, prng_impl)))
     for each in rounds:
-        each()  # compiles
+        began = time.perf_counter()
+        each()
+        took = time.perf_counter() - began - each.simulator.compile_seconds()
+        each.count = _rounds_at_once(took) if repeats > 1 else 1
     compile_seconds = rounds[0].simulator.compile_seconds()
-    if repeats > 1:
-        for each, took in zip(rounds, measuring.by_turns(rounds, 1), strict=True):
-            each.count = _rounds_at_once(took.median)
-    bound, batching = best_bound(work, devices, repeats)
-    times = measuring.by_turns([bound, *rounds], repeats, least_seconds=5.0 if repeats > 1 else 0)
+    bounds, batchings = bounds_of(work, devices)
+    least = 5.0 if repeats > 1 else 0.0
+    times = measuring.by_turns([*bounds, *rounds], repeats, least)
+    candidates = [t.scaled(b.pop("factor")) for t, b in zip(times, batchings, strict=False)]
+    best = min(range(len(candidates)), key=lambda i: candidates[i].median)
+    times = [candidates[best], *times[len(candidates) :]]
     seconds = [t.median / each.count for t, each in zip(times[1:], rounds, strict=True)]
     result = {
         "seconds_per_round": seconds[0],
@@ -98,7 +101,7 @@ def measure(work: Work, variant: str, devices: int, prng_impl: str, repeats: int
         "ratio_to_bound_cpu_seconds": times[1].median_cpu / times[0].median_cpu / rounds[0].count,
         "cpu_seconds_per_round": times[1].median_cpu / rounds[0].count,
         "bound_cpu_seconds": times[0].median_cpu,
-        "bound_batching": batching,
+        "bound_batching": batchings[best],
         "examples_per_round": work.examples,
         "rounds_per_dispatch": rounds[0].count,
         "turns": len(times[0].seconds),
@@ -114,18 +117,21 @@ def measure(work: Work, variant: str, devices: int, prng_impl: str, repeats: int
     return result
 
 
-def best_bound(work: Work, devices: int, repeats: int) -> tuple[Any, dict[str, int]]:
-    """Returns the fastest way to do the forward passes, and what it is."""
+def bounds_of(work: Work, devices: int) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Returns ways to do the forward passes, and what each is.
+
+    Where only a share of them is timed, they take "factor" times as long.
+    """
     jobs, labels = [], []
     initial = work.task.init(jax.random.key(0))
     for used in sorted({1, devices}):
         params = placement.replicated(initial, workloads.mesh_of(used))
         for batch in work.bound_batches:
-            jobs.append(functools.partial(workloads.bound(work, params, batch, used), params))
-            labels.append({"batch": batch, "devices": used})
-    times = measuring.by_turns(jobs, 2, least_seconds=10.0 if repeats > 1 else 0.0)
-    best = min(range(len(jobs)), key=lambda i: min(times[i].seconds))
-    return jobs[best], labels[best]
+            job, factor = workloads.bound(work, params, batch, used)
+            jobs.append(functools.partial(job, params))
+            share = {"share_timed": 1 / factor} if factor > 1 else {}
+            labels.append({"batch": batch, "devices": used, "factor": factor, **share})
+    return jobs, labels
 
 
 def peak_memory(simulator: simulation.Simulator) -> int:
@@ -195,22 +201,12 @@ def _check_memory(made: argparse.ArgumentParser, work: Work) -> None:
     """Ends the program if the params are too many for this machine."""
     shapes = jax.eval_shape(work.task.init, jax.random.key(0))
     params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-    room = _memory()
+    room = compilation.memory_available()
     if room and ROOM * params > room:
         made.error(
             f"this round needs about {ROOM * params / 1e9:.0f} GB and the device has "
             f"{room / 1e9:.0f} GB: take a smaller --config or a larger device"
         )
-
-
-def _memory() -> int:
-    """Returns the memory of the device in bytes, 0 if it is not known."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    if Path("/proc/meminfo").exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return 0
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ class Work(NamedTuple):
       bound_batches: sizes of a batch that the bound tries, in examples.
       architecture: of a language model.
       perturbations_at_once: see `estimators.forward_difference`.
+      bound_share: one in so many of the bound's passes is timed, and the time multiplied, since
+        all are alike.
     """
 
     task: Task
@@ -59,6 +61,7 @@ class Work(NamedTuple):
     bound_batches: tuple[int, ...]
     architecture: architectures.Config | None = None
     perturbations_at_once: int | None = None
+    bound_share: int = 1
 
     @property
     def examples(self) -> int:
@@ -68,13 +71,23 @@ class Work(NamedTuple):
         return passes * self.local_steps * self.clients * self.batch
 
 
-def cnn_work(local_steps: int, num_perturbations: int, smoke: bool = False) -> Work:
+def cnn_work(
+    local_steps: int, num_perturbations: int, bound_share: int = 1, smoke: bool = False
+) -> Work:
     """Returns the MNIST CNN, 28,938 params: 10 clients of 100, batch 32, central differences."""
     clients, each, batch, size = (2, 4, 4, 8) if smoke else (10, 100, 32, 28)
     task = image_task(cnn.MnistCnn(10), clients * each, clients, (size, size, 1))
-    batches = (4,) if smoke else (32, 64, 160, 320)
     return Work(
-        task, clients, clients, batch, local_steps, num_perturbations, "central", 1, batches
+        task,
+        population=clients,
+        clients=clients,
+        batch=batch,
+        local_steps=local_steps,
+        num_perturbations=num_perturbations,
+        estimator="central",
+        clients_at_once=1,
+        bound_batches=(4,) if smoke else (32, 64, 160, 320),
+        bound_share=bound_share,
     )
 
 
@@ -87,6 +100,7 @@ def decoder_work(
     local_steps: int = 1,
     num_perturbations: int = 5,
     clients_at_once: int | None = None,
+    bound_share: int = 1,
     smoke: bool = False,
     **changes: Any,
 ) -> Work:
@@ -102,7 +116,7 @@ def decoder_work(
         config = architectures.named(name, **changes, **sizes, num_heads=4, num_kv_heads=4)
         population, batch, length = clients, 2, 4
     per_step = clients * batch
-    sizes_of_bound = (batch, per_step, (num_perturbations + 1) * per_step)
+    sizes_of_bound = (per_step, (num_perturbations + 1) * per_step)
     task = token_task(config, population, 2 * batch, length)
     fitting = tuple(sorted({min(size, len(task.test["label"])) for size in sizes_of_bound}))
     return Work(
@@ -118,15 +132,16 @@ def decoder_work(
         config,
         # A model at a time: 32 texts keep all cores busy, and more fall out of the cache.
         perturbations_at_once=1,
+        bound_share=bound_share,
     )
 
 
 CONFIGS: dict[str, Callable[..., Work]] = {
     "cnn": functools.partial(cnn_work, 1, 10),
-    "cnn-k4": functools.partial(cnn_work, 4, 20),
+    "cnn-k4": functools.partial(cnn_work, 4, 20, bound_share=4),
     "decoder-135m": functools.partial(decoder_work, "smollm2-135m", clients=2, length=40),
     "decoder-135m-k4": functools.partial(
-        decoder_work, "smollm2-135m", clients=8, length=40, local_steps=4
+        decoder_work, "smollm2-135m", clients=8, length=40, local_steps=4, bound_share=16
     ),
     "opt-1.3b": functools.partial(
         decoder_work,
@@ -238,8 +253,12 @@ def mesh_of(devices: int) -> Mesh | None:
     return placement.clients_mesh(jax.local_devices()[:devices])
 
 
-def bound(work: Work, params: Params, batch: int, devices: int) -> Callable[[Params], None]:
-    """Returns params -> None, the forward passes of as many examples as a round's.
+def bound(
+    work: Work, params: Params, batch: int, devices: int
+) -> tuple[Callable[[Params], None], float]:
+    """Returns params -> None, the forward passes of as many examples as a round's, and a factor.
+
+    The factor is how many times as many passes the round's examples take, see `Work.bound_share`.
 
     Args:
       work: whose round.
@@ -250,7 +269,8 @@ def bound(work: Work, params: Params, batch: int, devices: int) -> Callable[[Par
     Each pass takes other examples, so that none is the same as another to the compiler.
     """
     mesh = mesh_of(devices)
-    passes = math.ceil(work.examples / (batch * devices))
+    whole = math.ceil(work.examples / (batch * devices))
+    passes = math.ceil(whole / work.bound_share)
     examples = placement.replicated(jax.device_put(work.task.test), mesh)
     positions = len(work.task.test["label"]) - batch + 1
 
@@ -264,10 +284,10 @@ def bound(work: Work, params: Params, batch: int, devices: int) -> Callable[[Par
 
     spread = losses
     if mesh is not None:
-        whole, apart = PartitionSpec(), PartitionSpec(placement.CLIENTS)
+        shared, apart = PartitionSpec(), PartitionSpec(placement.CLIENTS)
         spread = jax.shard_map(
-            losses, mesh=mesh, in_specs=(whole, whole, apart), out_specs=apart, check_vma=False
+            losses, mesh=mesh, in_specs=(shared, shared, apart), out_specs=apart, check_vma=False
         )
     first = jnp.arange(devices) * passes
     compiled = compilation.compiled(spread, (params, examples, first))
-    return lambda params: jax.block_until_ready(compiled(params, examples, first))
+    return lambda params: jax.block_until_ready(compiled(params, examples, first)), whole / passes

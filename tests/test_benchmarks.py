@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import dispatch, generators, measuring, memory, round, speed, workloads
-from zofl_jax import keys
+from zofl_jax import compilation, keys
 
 KEYS = {
     "config",
@@ -62,9 +62,15 @@ def test_the_bound_evaluates_all_the_examples():
         return jnp.zeros(())
 
     work = work._replace(task=work.task._replace(loss=loss))
-    workloads.bound(work, {}, batch=4, devices=1)({})
+    job, factor = workloads.bound(work, {}, batch=4, devices=1)
+    job({})
     jax.effects_barrier()
-    assert len(seen) == work.examples
+    assert (len(seen), factor) == (work.examples, 1)
+    half, factor = workloads.bound(work._replace(bound_share=2), {}, batch=4, devices=1)
+    seen.clear()
+    half({})
+    jax.effects_barrier()
+    assert len(seen) * factor == work.examples and factor == 2
 
 
 def test_population_has_a_row_a_size(tmp_path):
@@ -95,7 +101,7 @@ def test_generators_rates(tmp_path):
     assert result["rates"].keys() == set(keys.IMPLEMENTATIONS)
     for rates in result["rates"].values():
         assert all(rate["million_per_second"] > 0 for rate in rates.values())
-        assert {"words", "normal", "gaussian", "rademacher"} <= rates.keys()
+        assert rates.keys() == generators.DRAWS.keys()
 
 
 def test_dispatch_compares_a_run_with_its_rounds(tmp_path):
@@ -110,7 +116,7 @@ def test_few_repeats_are_refused():
 
 
 def test_a_round_without_the_memory_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(round, "_memory", lambda: 2**20)
+    monkeypatch.setattr(compilation, "memory_available", lambda: 2**20)
     with pytest.raises(SystemExit):
         round.main(["--config=decoder-135m"])
     assert "needs about" in capsys.readouterr().err

@@ -167,6 +167,27 @@ def test_a_stopped_comparison_goes_on(whole, tmp_path, cache):
     assert tables[0] == tables[1]
 
 
+def test_rates_are_tried_for_a_share_of_the_rounds(commands):
+    """The chosen one goes on to all of them, and the same command again chooses it again."""
+    (commands.folder / "compare.flags").write_text(
+        "--task=digits\n--local_steps=1\n--num_perturbations=4\n--estimator=projection\n"
+        "--momentum=0\n--rounds=30\n--eval_every=5\n--method=decomfl\n--learning_rate=0.05\n"
+        "--grid=0.02,1\n--seeds=2\n--trial_share=0.3\n--noprogress\n"
+    )
+    ended = compared(commands)
+    assert ended.code == 0, ended.err
+    assert "each tried for 30 % of the rounds" in ended.out
+    workdir = commands.folder / "all"
+    rounds = {key[1:]: summary["rounds"] for key, summary in summaries_of(workdir).items()}
+    assert rounds == {(0.001, 0): 10, (0.05, 0): 30, (0.05, 1): 30}
+    chosen = {(float(row["learning_rate"]), row["chosen"]) for row in table_of(workdir)}
+    assert chosen == {(0.001, "0"), (0.05, "1")}
+    before = (workdir / "table.csv").read_bytes()
+    again = compared(commands)
+    assert again.code == 0, again.err
+    assert (workdir / "table.csv").read_bytes() == before
+
+
 def parsed(*lines, flagfile=None):
     with flagsaver.flagsaver():
         compare.FLAGS(["compare", *([f"--flagfile={flagfile}"] if flagfile else [])])
