@@ -11,7 +11,7 @@ import pytest
 from tiny_tasks import softmax_task
 
 from zofl_jax import aggregation, estimators, keys, perturbations, privacy
-from zofl_jax.algorithms import decomfl
+from zofl_jax.algorithms import decomfl, fedkseed
 from zofl_jax.core import Algorithm, ClientResult, ServerState
 
 KEY = keys.round_key(keys.root(2).shared, 0)
@@ -133,6 +133,22 @@ def test_the_noise_of_a_step_is_the_client_s_own(quick_compile):
     assert abs(noise.var() / variance - 1) < 5 * (2 / noise.size) ** 0.5
     correlation = np.corrcoef(noise.T)[np.triu_indices(6, 1)]
     assert np.all(np.abs(correlation) < 5 / CLIENTS**0.5)
+
+
+def test_a_seed_drawn_twice_has_noise_of_its_own_each_time(quick_compile):
+    """FedKSeed with a pool of one seed: a difference of two steps would tell the data."""
+    task = softmax_task()
+
+    def make(private):
+        estimator = private(estimators.forward_difference(1, 1e-3))
+        return fedkseed(task.loss, estimator, 1e-9, pool_key=KEY, pool_size=1, local_steps=2)
+
+    algorithm = privacy.example_level(make, 0.5, 20.0, 4)
+    state, batches = algorithm.init(task.init(KEY)), batches_of(task, 2)
+    own_keys = jax.random.split(jax.random.key(7), CLIENTS)
+    one = jax.vmap(lambda own: algorithm.client(KEY, state, (), batches, own).upload["scalars"])
+    scalars = np.asarray(jax.jit(one)(own_keys))
+    assert abs(np.corrcoef(scalars.T)[0, 1]) < 5 / CLIENTS**0.5
 
 
 def test_a_client_goes_on_with_its_noisy_scalars(quick_compile):

@@ -24,7 +24,7 @@ Ref: Zhang et al., "DPZero", ICML 2024 (arXiv 2310.09639); McMahan et al., ICLR 
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +89,8 @@ def example_level(
 
         example_level(lambda private: decomfl(loss, private(estimator), optimizer), 1.0, 2.0, 32)
 
-    The noise N(0, (σC/B)²) of a step is drawn from the client's own key, and the client goes on
-    with the noisy scalars.
+    The noise N(0, (σC/B)²) is drawn anew in each local step, from the client's own key, and the
+    client goes on with the noisy scalars.
 
     Args:
       make: private -> the algorithm with the estimator `private(estimator)`, which is made
@@ -107,27 +107,33 @@ def example_level(
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     deviation = noise_multiplier * clip / batch_size
 
-    def private(estimator: Estimator, own_key: PRNGKey | None = None) -> Estimator:
+    def private(estimator: Estimator) -> Estimator:
         def measure(
-            loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, batch: Batch
+            loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, step: _Step
         ) -> Estimate:
-            found = _clipped(estimator, clip, loss_fn, key, round_index, params, batch)
-            if own_key is None:
-                return found
-            # Each step has a shared key of its own, and so a noise of its own.
-            noisy = jax.random.fold_in(own_key, jax.random.bits(key))
-            return found._replace(scalars=_with_noise(noisy, found.scalars, deviation))
+            found = _clipped(estimator, clip, loss_fn, key, round_index, params, step.batch)
+            return found._replace(scalars=_with_noise(step.noise, found.scalars, deviation))
 
         return estimator._replace(measure=measure)
+
+    algorithm = make(private)
 
     def client(
         key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
-        computed, noise_key = jax.random.split(own_key)
-        algorithm = make(lambda estimator: private(estimator, noise_key))
-        return algorithm.client(key, state, memory, batches, computed)
+        # Not from the steps' shared keys: FedKSeed may draw one seed, and so one key, twice.
+        computed, noise = jax.random.split(own_key)
+        steps = _Step(batches, jax.random.split(noise, algorithm.local_steps))
+        return algorithm.client(key, state, memory, steps, computed)
 
-    return make(private)._replace(client=client)
+    return algorithm._replace(client=client)
+
+
+class _Step(NamedTuple):
+    """What stands for a batch where examples are private."""
+
+    batch: Batch
+    noise: PRNGKey  # of this local step's noise, the client's own
 
 
 def _clipped(
