@@ -47,6 +47,12 @@ ATTACKS = ("none", *ATTACK_SIZES, "alie", "krum", "label_flip", "nan", "inf")
 ENCODED = ("feedsign", "fedkseed", "fedkseed_pro")
 """Algorithms whose uploads are bits or seeds, with an aggregation of their own."""
 
+NEVER_LATE = {
+    "hiso": "which keeps no curvature of the round before to draw its directions in",
+    "scaffold": "whose c would no longer be the mean of the clients' c_i",
+}
+"""Algorithms that can't use late uploads, and why."""
+
 FIRST_ORDER = ("fedavg", "fedprox", "fedsgd", "fedadam", "fedyogi", "fedadagrad", "scaffold")
 
 flags.DEFINE_enum(
@@ -117,6 +123,10 @@ _NEEDS: dict[str, tuple[str, Callable[[Values], bool]]] = {
     "dp_delta": (
         "--dp or --feedsign_epsilon",
         lambda v: v["dp"] != "none" or v["feedsign_epsilon"] is not None,
+    ),
+    "max_message": (
+        "uploads of floating point numbers",
+        lambda v: not v["secure_sum"] and v["algorithm"] != "feedsign",
     ),
     "secure_bits": ("--secure_sum", lambda v: v["secure_sum"]),
     "secure_largest": ("--secure_sum", lambda v: v["secure_sum"]),
@@ -200,6 +210,15 @@ def build(values: Values, task: Task, root: keys.RootKeys) -> Conditions:
       ValueError: for data that they don't fit.
     """
     num_clients = task.train.num_clients
+    for flag, asked, cause in (
+        ("malicious_share", values["attack"] != "none", "attack"),
+        ("late_joiners", values["late_joiners"] > 0, "late_joiners"),
+    ):
+        if asked and not round(values[flag] * num_clients):
+            raise ValueError(
+                f"--{flag}={values[flag]} of {num_clients} clients is nobody: take a share of "
+                f"{1 / num_clients:.3g} or more, or leave out --{cause}"
+            )
     adversary = None
     if values["attack"] != "none":
         malicious = attacks.drawn(root.adversary, num_clients, values["malicious_share"])
@@ -277,6 +296,11 @@ def _check_algorithm(values: Values) -> None:
                     f"--{flag}={values[flag]} is not possible with --algorithm={name}, whose "
                     "uploads are no numbers: leave it out"
                 )
+    if name in NEVER_LATE and values["late_weight"]:
+        raise ValueError(
+            f"--late_weight={values['late_weight']} is not possible with --algorithm={name}, "
+            f"{NEVER_LATE[name]}: leave it out"
+        )
     encoded = name in ENCODED or values["compression"] != "none" or values["secure_sum"]
     if encoded and attack not in ("none", "label_flip"):
         raise ValueError(
@@ -314,6 +338,7 @@ def _check_privacy(values: dict[str, Any], given: set[str]) -> None:
         for flag, plain, reason in (
             ("aggregator", "mean", "the noise is that of a mean"),
             ("weighting", "uniform", "the noise is that of a uniform mean"),
+            ("compression", "none", "ε is that of the noisy sum, and not of codes of its parts"),
             ("late_weight", 0.0, "a late upload has no part in a round's noise"),
             ("late_joiners", 0.0, "ε counts on cohorts from the whole population"),
             ("availability", "", "ε counts on cohorts from the whole population"),
@@ -328,6 +353,11 @@ def _check_privacy(values: dict[str, Any], given: set[str]) -> None:
                 f"--attack={values['attack']} is not possible with --dp=client: malicious clients "
                 "add no noise, and ε would be wrong; leave one of them out"
             )
+    if values["mask"] == "sensitivity" and (dp != "none" or values["feedsign_epsilon"] is not None):
+        raise ValueError(
+            "--mask=sensitivity is not possible with differential privacy: clients' own examples "
+            "make it, which ε does not count; use --mask=random or --mask=magnitude"
+        )
     if dp == "example" and values["feedsign_epsilon"] is not None:
         raise ValueError("--dp=example and --feedsign_epsilon are two accounts: choose one of them")
     if dp == "example":
