@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from test_rounds import counting
 from tiny_simulations import COHORT, advance, assert_same_bits, copy, joined, start
-from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, softmax_task
+from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, poisoned_task, softmax_task
 
 from zofl_jax import (
     aggregation,
@@ -19,10 +19,11 @@ from zofl_jax import (
     keys,
     participation,
     perturbations,
+    privacy,
     recording,
     simulation,
 )
-from zofl_jax.algorithms import decomfl
+from zofl_jax.algorithms import decomfl, feedsign
 from zofl_jax.core import Algorithm, ClientResult, Phase, ServerState
 from zofl_jax.data import batches
 from zofl_jax.participation import Attendance
@@ -127,6 +128,26 @@ def test_a_round_of_bad_messages_alone_has_diverged(quick_compile):
     with pytest.raises(simulation.Diverged, match="round 0 diverged") as failure:
         simulation.run(simulator, rounds=3)
     assert_same_bits(failure.value.progress.state, start(simulator))
+
+
+@pytest.mark.parametrize("method", ["signs", "secure sum"])
+def test_a_loss_that_is_not_finite_stops_nobody_else(quick_compile, method):
+    """Where uploads can't say so; the loss is the mean of the others'."""
+    methods = {
+        "signs": lambda task: feedsign(
+            task.loss, estimators.forward_difference(1, 1e-2), optax.sgd(0.05)
+        ),
+        "secure sum": lambda task: privacy.fixed_point(gradients(task), 16, 100.0, COHORT),
+    }
+    first = int(EVERYONE(keys.root(0), 0).cohort[0])
+    task = poisoned_task(first)
+    simulator = make(Conditions(), task, methods[method](task))
+    _, (trace,) = advance(simulator, start(simulator), [ROUNDS])
+    assert trace.failed_loss is None
+    assert np.all(np.isfinite(trace.losses)) and len(trace.losses) == ROUNDS
+    others = make(Conditions(attend=without(jnp.arange(POPULATION) == first)))
+    _, (expected,) = advance(others, start(others), [1])
+    np.testing.assert_allclose(trace.losses[0], expected.losses[0], rtol=1e-5)
 
 
 def test_a_round_without_uploads_is_a_round_of_zeros(quick_compile):

@@ -274,6 +274,12 @@ def test_the_sum_of_integers_is_exact_and_the_mean_within_the_rounding():
     assert np.array_equal(jax.jit(algorithm.aggregate)(masked, weights)["a"], mean)
 
 
+def test_numbers_that_are_not_finite_add_nothing_to_a_sum():
+    uploads = jnp.array([[jnp.nan, 1.0], [3.0, jnp.inf]])
+    algorithm = privacy.fixed_point(sending(uploads), 16, 10.0, 2)
+    assert algorithm.aggregate(sent(algorithm, uploads), jnp.ones(2)).tolist() == [1.5, 0.5]
+
+
 def test_the_largest_numbers_that_fit_do_not_overflow():
     largest, bits, clients = 2.0**10, 15, 63
     uploads = jnp.full((clients, 1), -3 * largest)

@@ -245,7 +245,7 @@ def fixed_point(
     half-precision uploads is rounded to them once more.
 
     A server that sees the sum alone can't reject a message or weigh it: absent clients send 0,
-    and how many are there is known.
+    and how many are there is known. A number that is not finite is sent as 0 too.
 
     Args:
       algorithm: its broadcast must be the uniform mean of floating point uploads.
@@ -267,7 +267,8 @@ def fixed_point(
         )
 
     def encoded(u: Array) -> Array:
-        wide = jnp.clip(u.astype(jnp.promote_types(u.dtype, jnp.float32)), -largest, largest)
+        wide = u.astype(jnp.promote_types(u.dtype, jnp.float32))
+        wide = jnp.where(jnp.isfinite(wide), jnp.clip(wide, -largest, largest), 0)
         return jax.lax.bitcast_convert_type(
             jnp.round(wide * 2.0**bits).astype(jnp.int32), jnp.uint32
         )
