@@ -333,6 +333,19 @@ def one_batch(simulator, r, client):
     return batches.sample(key, simulator.task.train, client, BATCH_SIZE, 1)
 
 
+def test_clients_remember_what_they_uploaded_late(quick_compile):
+    """It will be used, so it is not to be sent again; what was lost is."""
+    attend = participation.partial(POPULATION, COHORT, deadline=1.0, spread=1.0, dropout=0.3)
+    method = with_late_uploads(counting()._replace(aggregate=aggregation.mean), 0.5)
+    simulator = make(Conditions(attend=attend, late_uploads=True), method=method)
+    progress = simulator.start(jnp.zeros(()))
+    _, memory, trace = simulator.advance(progress.state, progress.memory, ROUNDS)
+    found = trace.attendance
+    assert np.sum(found.there) > np.sum(found.uploaded) > np.sum(found.in_time)
+    times = [int(np.sum(found.cohort[found.uploaded] == c)) for c in range(POPULATION)]
+    assert memory.clients.rounds.tolist() == times
+
+
 def test_late_uploads_replay_and_resume_to_the_same_bits(tmp_path, quick_compile):
     _, simulator = late_setup(gradients)
     with open_run(tmp_path / "run", {}) as run:

@@ -172,8 +172,9 @@ def make_advance(
         lost = jnp.any(rejected) & ~jnp.any(good)
         record = RoundRecord(attendance, broadcast, loss, jnp.sum(rejected, dtype=jnp.int32))
         healthy = ~lost & _all_finite((broadcast, loss))
-        # A client whose upload did not count takes back what it did for it.
-        after = _where_rows(used & healthy, results.memory, before)
+        # A client whose upload counts neither now nor later takes back what it did for it.
+        counted = good if stale else used
+        after = _where_rows(counted & healthy, results.memory, before)
         kept = jax.tree.map(
             lambda m, new: m.at[cohort].set(new), memory.clients if stale else memory, after
         )

@@ -15,7 +15,7 @@ zero, and then that with `fresh` and the key of round r. F and L are the sums of
 is the staleness weight. For a method whose server is linear in the broadcast, such as DeComFL
 with one local step and plain SGD, the two steps are one step along the weighted mean.
 Everything that enters is in the broadcasts, so they replay as always; a broadcast is twice as
-long.
+long. A client whose upload is late keeps its new memory, such as what a codec left out of it.
 """
 
 from typing import Any, NamedTuple
