@@ -23,7 +23,7 @@ from zofl_jax import (
     recording,
     simulation,
 )
-from zofl_jax.algorithms import decomfl, feedsign
+from zofl_jax.algorithms import decomfl, fedsgd, feedsign
 from zofl_jax.core import Algorithm, ClientResult, Phase, ServerState
 from zofl_jax.data import batches
 from zofl_jax.participation import Attendance
@@ -344,6 +344,18 @@ def test_clients_remember_what_they_uploaded_late(quick_compile):
     assert np.sum(found.there) > np.sum(found.uploaded) > np.sum(found.in_time)
     times = [int(np.sum(found.cohort[found.uploaded] == c)) for c in range(POPULATION)]
     assert memory.clients.rounds.tolist() == times
+
+
+def test_a_schedule_of_the_learning_rate_follows_the_rounds_with_late_uploads():
+    """A slope of one along the ones: each round is a step of that round's rate."""
+    rates = jnp.array([1.0, 0.5, 0.25, 0.125, 0.0, 0.0, 0.0])
+    method = fedsgd(None, optax.sgd(lambda count: rates[count]))
+    algorithm = with_late_uploads(method, 1.0)
+    state, half = algorithm.init(jnp.zeros(2)), jnp.full(2, 0.5)
+    for r in range(4):
+        state = algorithm.server(keys.round_key(keys.root(0).shared, r), state, (half, half))
+        np.testing.assert_allclose(state.params, -np.sum(rates[: r + 1]))
+    assert int(state.round) == 4
 
 
 def test_late_uploads_replay_and_resume_to_the_same_bits(tmp_path, quick_compile):
