@@ -156,7 +156,7 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
         values["attack_size"] = ATTACK_SIZES.get(values["attack"])
     _check_algorithm(values)
     _check_privacy(values, given)
-    _robust_rule(values)
+    robust_rule(values)
     _attack(values)
     _availability(values)
     if "krum" in values["aggregator"]:
@@ -182,10 +182,28 @@ def make_private(values: Values, make: Make) -> Algorithm:
     return privacy.example_level(make, values["dp_clip"], values["dp_noise"], values["batch_size"])
 
 
+def robust_rule(values: Values) -> aggregation.Rule:
+    """Returns the rule that `--aggregator` names."""
+    name, bad = values["aggregator"], values["num_byzantine"]
+    kept = max(1, values["clients_per_round"] - bad - 2)
+    rules: dict[str, Callable[[], aggregation.Rule]] = {
+        "mean": lambda: aggregation.mean,
+        "median": lambda: aggregation.median,
+        "trimmed_mean": lambda: aggregation.trimmed_mean(values["trimmed_share"]),
+        "krum": lambda: aggregation.krum(bad),
+        "multi_krum": lambda: aggregation.multi_krum(bad, kept),
+        "geometric_median": aggregation.geometric_median,
+        "clipped_mean": lambda: aggregation.clipped_mean(values["aggregator_size"]),
+        "majority_sign": lambda: aggregation.majority_sign(values["aggregator_size"]),
+    }
+    return rules[name]()
+
+
 def guarded(values: Values, algorithm: Algorithm) -> Algorithm:
     """Returns the algorithm with the aggregation, the privacy and the sums that flags ask for."""
-    if values["aggregator"] != "mean":
-        algorithm = algorithm._replace(aggregate=_robust_rule(values))
+    # SCAFFOLD has been given its rule: it also counts who is heard.
+    if values["aggregator"] != "mean" and values["algorithm"] != "scaffold":
+        algorithm = algorithm._replace(aggregate=robust_rule(values))
     cohort = values["clients_per_round"]
     if values["dp"] == "client":
         algorithm = privacy.client_level(algorithm, values["dp_clip"], values["dp_noise"], cohort)
@@ -372,22 +390,6 @@ def _check_privacy(values: dict[str, Any], given: set[str]) -> None:
                 "leave it out"
             )
         values["clients_at_once"] = 0
-
-
-def _robust_rule(values: Values) -> aggregation.Rule:
-    name, bad = values["aggregator"], values["num_byzantine"]
-    kept = max(1, values["clients_per_round"] - bad - 2)
-    rules: dict[str, Callable[[], aggregation.Rule]] = {
-        "mean": lambda: aggregation.mean,
-        "median": lambda: aggregation.median,
-        "trimmed_mean": lambda: aggregation.trimmed_mean(values["trimmed_share"]),
-        "krum": lambda: aggregation.krum(bad),
-        "multi_krum": lambda: aggregation.multi_krum(bad, kept),
-        "geometric_median": aggregation.geometric_median,
-        "clipped_mean": lambda: aggregation.clipped_mean(values["aggregator_size"]),
-        "majority_sign": lambda: aggregation.majority_sign(values["aggregator_size"]),
-    }
-    return rules[name]()
 
 
 def _attack(values: Values) -> attacks.Attack | None:

@@ -5,6 +5,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -61,6 +62,15 @@ def test_every_rule_is_that_of_the_algorithm(algorithm):
         value = 1.0 if aggregator == "majority_sign" else 1e-3
         for leaf in jax.tree.leaves(jax.jit(phase.algorithm.aggregate)(one, np.ones(3))):
             np.testing.assert_allclose(leaf, value, rtol=1e-5)
+
+
+def test_scaffold_counts_who_is_heard_under_any_rule():
+    values = resolve("--algorithm=scaffold", "--aggregator=median")
+    (phase,) = methods.build_phases(values, plain().task)
+    uploads = {"params": jnp.ones((4, 2)), "control": jnp.ones((4, 2))}
+    broadcast = phase.algorithm.aggregate(uploads, jnp.array([1.0, 1.0, 0.0, 1.0]))
+    np.testing.assert_allclose(broadcast["params"], 1)
+    np.testing.assert_allclose(broadcast["control"], 0.75)
 
 
 def test_a_server_survives_attackers_and_counts_what_it_rejects(quick_compile):

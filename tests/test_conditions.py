@@ -23,7 +23,7 @@ from zofl_jax import (
     recording,
     simulation,
 )
-from zofl_jax.algorithms import decomfl, fedsgd, feedsign
+from zofl_jax.algorithms import decomfl, fedsgd, feedsign, scaffold
 from zofl_jax.core import Algorithm, ClientResult, Phase, ServerState
 from zofl_jax.data import batches
 from zofl_jax.participation import Attendance
@@ -212,6 +212,22 @@ def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path, quick
     assert restored.ledger.rejected == whole.ledger.rejected == counts[-1]
     assert restored.ledger.contributors == whole.ledger.contributors
     assert_same_bits(restored.state, whole.state)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_scaffold_s_control_is_the_mean_of_the_clients_whoever_is_absent(weighting, quick_compile):
+    """c = Σ c_i / N over the population, also where some of a cohort are lost or too late."""
+    task = softmax_task()
+    attend = participation.partial(POPULATION, COHORT, dropout=0.3, deadline=1.5)
+    method = scaffold(task.loss, 0.1, share=COHORT / POPULATION, local_steps=2)
+    simulator = make(Conditions(attend=attend), task, method, weighting=weighting)
+    progress = simulator.start(None)
+    state, memory, trace = simulator.advance(progress.state, progress.memory, ROUNDS)
+    counts = trace.attendance.in_time.sum(axis=1)
+    assert counts.min() < counts.max() == COHORT
+    for c, own in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(memory), strict=True):
+        assert np.any(np.abs(c) > 1e-3)
+        np.testing.assert_allclose(c, own.mean(axis=0), rtol=1e-4, atol=1e-6)
 
 
 # Attacks.
