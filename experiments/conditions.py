@@ -53,6 +53,9 @@ NEVER_LATE = {
 }
 """Algorithms that can't use late uploads, and why."""
 
+UNSIGNED = ("scaling", "out_of_range", "nan", "inf")
+"""Attacks that leave signs as they are."""
+
 FIRST_ORDER = ("fedavg", "fedprox", "fedsgd", "fedadam", "fedyogi", "fedadagrad", "scaffold")
 
 flags.DEFINE_enum(
@@ -117,7 +120,10 @@ _NEEDS: dict[str, tuple[str, Callable[[Values], bool]]] = {
         lambda v: v["aggregator"] in ("clipped_mean", "majority_sign"),
     ),
     "malicious_share": ("an --attack", lambda v: v["attack"] != "none"),
-    "attack_size": (f"--attack={' or '.join(ATTACK_SIZES)}", lambda v: v["attack"] in ATTACK_SIZES),
+    "attack_size": (
+        f"--attack={' or '.join(ATTACK_SIZES)}, on uploads that are more than signs",
+        lambda v: v["attack"] in ATTACK_SIZES and v["algorithm"] != "feedsign",
+    ),
     "dp_clip": ("--dp", lambda v: v["dp"] != "none"),
     "dp_noise": ("--dp", lambda v: v["dp"] != "none"),
     "dp_delta": (
@@ -319,12 +325,17 @@ def _check_algorithm(values: Values) -> None:
             f"--late_weight={values['late_weight']} is not possible with --algorithm={name}, "
             f"{NEVER_LATE[name]}: leave it out"
         )
-    encoded = name in ENCODED or values["compression"] != "none" or values["secure_sum"]
-    if encoded and attack not in ("none", "label_flip"):
-        raise ValueError(
-            f"--attack={attack} needs uploads of plain numbers: use --attack=label_flip, or leave "
-            "out --compression, --secure_sum and --algorithm=" + " or ".join(ENCODED)
-        )
+    compares = ("alie", "inner_product", "trim", "krum")
+    for there, setting, impossible, reason in (
+        (name == "feedsign", f"algorithm={name}", UNSIGNED, "whose uploads are signs alone"),
+        ("fedkseed" in name, f"algorithm={name}", compares, "whose clients share no directions"),
+        (values["secure_sum"], "secure_sum", ("nan", "inf"), "whose uploads are integers"),
+    ):
+        if there and attack in impossible:
+            raise ValueError(
+                f"--attack={attack} is not possible with --{setting}, {reason}: use "
+                "--attack=sign_flip"
+            )
     if attack == "label_flip" and values["task"] == "quadratic":
         raise ValueError("--attack=label_flip needs labels, which --task=quadratic has not")
     if values["secure_sum"]:

@@ -82,6 +82,15 @@ def test_a_server_survives_attackers_and_counts_what_it_rejects(quick_compile):
     assert math.isfinite(progress.history[-1].metrics["loss"])
 
 
+@pytest.mark.parametrize("compression", ["float16", "int8"])
+def test_bad_messages_are_seen_in_compressed_uploads(compression, quick_compile):
+    arguments = f"--compression={compression}", "--attack=out_of_range", "--malicious_share=0.34"
+    simulator, progress = ran(*arguments, rounds=1)
+    malicious = np.asarray(simulator.conditions.adversary.malicious)
+    expected = int(malicious[simulator.cohorts(np.arange(1))].sum())
+    assert progress.ledger.rejected == expected > 0
+
+
 def test_private_clients_in_a_secure_sum(quick_compile):
     simulator, progress = ran(
         "--dp=client", "--dp_noise=2", "--dp_clip=5", "--secure_sum", "--dropout=0.2"
@@ -153,8 +162,10 @@ def test_an_availability_trace_from_a_file(tmp_path):
         (["--aggregator=trimmed_mean", "--trimmed_share=0.5"], "[0, 0.5), got 0.5"),
         (["--aggregator=krum", "--num_byzantine=2"], "needs a cohort of 7 or more, got"),
         (["--attack=trim", "--attack_size=0.5"], "must be above 1, got 0.5"),
-        (["--attack=krum", "--algorithm=feedsign"], "--attack=krum needs uploads of plain"),
-        (["--attack=nan", "--compression=int8"], "--attack=nan needs uploads of plain numbers"),
+        (["--attack=scaling", "--algorithm=feedsign"], "whose uploads are signs alone: use"),
+        (["--attack=trim", "--attack_size=3", "--algorithm=feedsign"], "more than signs"),
+        (["--attack=alie", "--algorithm=fedkseed"], "whose clients share no directions: use"),
+        (["--attack=nan", "--secure_sum"], "whose uploads are integers: use --attack=sign_flip"),
         (["--aggregator=median", "--algorithm=fedkseed"], "not possible with --algorithm=fedk"),
         (["--attack=label_flip", "--task=quadratic"], "needs labels, which --task=quadratic"),
         (["--secure_sum", "--aggregator=median"], "use --aggregator=mean"),

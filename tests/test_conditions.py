@@ -15,6 +15,7 @@ from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, poisoned_task, softmax_task
 from zofl_jax import (
     aggregation,
     attacks,
+    compression,
     estimators,
     keys,
     participation,
@@ -30,6 +31,7 @@ from zofl_jax.participation import Attendance
 from zofl_jax.rounds import Conditions
 from zofl_jax.runs import open_run
 from zofl_jax.staleness import with_late_uploads
+from zofl_jax.tasks.quadratic import quadratic
 
 POPULATION = len(CLIENT_SIZES)
 ROUNDS = 8
@@ -254,6 +256,28 @@ def test_attacks_and_rules_are_for_scalars_and_for_models(quick_compile, method)
     broadcast = rule(jax.tree.map(jnp.asarray, seen["sent"]), jnp.ones(COHORT))
     for a, b in zip(jax.tree.leaves(broadcast), jax.tree.leaves(trace.broadcasts), strict=True):
         np.testing.assert_allclose(a, b[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("flipping", "sign"), [(2, 1), (4, -1)])
+def test_a_majority_of_signs_withstands_a_minority_that_flips_them(quick_compile, flipping, sign):
+    """Of six clients with the same loss: the broadcast is the honest one, or its opposite."""
+    task = quadratic(
+        jax.random.key(0), dim=8, effective_rank=4.0, num_clients=POPULATION, heterogeneity=0.0
+    ).task
+    method = feedsign(task.loss, estimators.central_difference(5, 1e-2), optax.sgd(1e-3))
+    options = {"clients_per_round": POPULATION, "batch_size": 1}
+    malicious = jnp.arange(POPULATION) < flipping
+    adversary = attacks.Adversary(malicious, attacks.sign_flip())
+    attacked = make(Conditions(adversary=adversary), task, method, **options)
+    plain = make(Conditions(), task, method, **options)
+    _, (honest,) = advance(plain, start(plain), [1])
+    _, (trace,) = advance(attacked, start(attacked), [1])
+    sent, received = (
+        1 - 2 * compression.unpack(jnp.asarray(x.broadcasts[0]), 1, 5).astype(int)
+        for x in (honest, trace)
+    )
+    assert len(set(sent.tolist())) == 2
+    np.testing.assert_array_equal(received, sign * sent)
 
 
 def test_flipped_labels_are_those_of_a_client_that_holds_them(quick_compile):

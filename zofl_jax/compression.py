@@ -27,6 +27,7 @@ from zofl_jax.core import (
     PRNGKey,
     ServerState,
     Upload,
+    Wire,
 )
 
 
@@ -129,7 +130,12 @@ def compressed(algorithm: Algorithm, codec: Codec, *, error_feedback: bool = Fal
             return inner
         return WithResidual(inner, jax.tree.map(jnp.zeros_like, params))
 
-    return algorithm._replace(client=client, aggregate=aggregate, init_memory=init_memory)
+    return algorithm._replace(
+        client=client,
+        aggregate=aggregate,
+        init_memory=init_memory,
+        wire=Wire(decode, lambda key, numbers, message: encode(key, numbers)),
+    )
 
 
 def floats(dtype: Any, *, stochastic: bool = False) -> Codec:

@@ -42,6 +42,7 @@ from zofl_jax.core import (
     PRNGKey,
     ServerState,
     Upload,
+    Wire,
 )
 from zofl_jax.estimators import Estimate, Estimator
 
@@ -273,11 +274,17 @@ def fixed_point(
             jnp.round(wide * 2.0**bits).astype(jnp.int32), jnp.uint32
         )
 
+    def decoded(u: Array) -> Array:
+        return jax.lax.bitcast_convert_type(u, jnp.int32).astype(jnp.float32) / 2.0**bits
+
     def client(
         key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
         result = algorithm.client(key, state, memory, batches, own_key)
         return result._replace(upload=jax.tree.map(encoded, result.upload))
+
+    def written(key: PRNGKey, numbers: Any, upload: Upload) -> Upload:
+        return jax.tree.map(encoded, numbers)
 
     def aggregate(uploads: Upload, weights: Array) -> Broadcast:
         count = jnp.maximum(jnp.sum(weights > 0), 1)
@@ -293,7 +300,8 @@ def fixed_point(
 
         return jax.tree.map(leaf, uploads)
 
-    return algorithm._replace(client=client, aggregate=aggregate)
+    wire = Wire(lambda upload: jax.tree.map(decoded, upload), written)
+    return algorithm._replace(client=client, aggregate=aggregate, wire=wire)
 
 
 def _with_noise(key: PRNGKey, tree: Any, deviation: float) -> Any:

@@ -150,7 +150,8 @@ def make_advance(
         uploads = results.upload
         if adversary is not None and adversary.attack is not None:
             key, malicious = keys.round_key(root.adversary, r), adversary.malicious[cohort]
-            uploads = adversary.attack(key, uploads, malicious, attendance.uploaded)
+            attack = attacks.on_wire(adversary.attack, algorithm.wire)
+            uploads = attack(key, uploads, malicious, attendance.uploaded)
         good = attendance.uploaded & _acceptable(uploads, conditions.max_message)
         used = good & attendance.in_time
         weights = jnp.ones(clients_per_round, jnp.float32)
