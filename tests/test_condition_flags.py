@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from experiments import conditions, config, methods
+from experiments import conditions, config, methods, report
 from experiments.entry import UserError
 from zofl_jax import ledger, privacy, simulation
 
@@ -125,7 +125,8 @@ def test_the_private_bits_of_feedsign_are_accounted_for():
 
 
 def test_clients_that_come_and_go(quick_compile):
-    simulator, progress = ran(
+    values = resolve(
+        *SMALL,
         "--dropout=0.1",
         "--deadline=1.2",
         "--late_weight=0.5",
@@ -133,9 +134,17 @@ def test_clients_that_come_and_go(quick_compile):
         "--join_by=3",
         "--availability=4:0.75",
     )
+    experiment = config.build(values)
+    simulator = experiment.simulator
+    progress = simulation.run(simulator, rounds=3)
     found = simulator.attendance(np.arange(3))
     assert found.there.sum() > found.in_time.sum()
     assert progress.ledger.totals.upload == found.uploaded.sum() * simulator.sizes[0].upload
+    # Clients that are not there compute nothing; those whose upload is lost or late do.
+    summary = report.summarise(values, experiment, progress)
+    assert found.there.sum() < found.there.size
+    expected = int(found.there.sum()) * simulator.phases[0].algorithm.passes.forward
+    assert summary["forward_passes"] == summary["history"][-1]["forward_passes"] == expected
 
 
 def test_an_availability_trace_from_a_file(tmp_path):
