@@ -29,7 +29,7 @@ from zofl_jax.core import Algorithm, ClientResult, Phase, ServerState
 from zofl_jax.data import batches
 from zofl_jax.participation import Attendance
 from zofl_jax.rounds import Conditions
-from zofl_jax.runs import open_run
+from zofl_jax.runs import RunError, open_run
 from zofl_jax.staleness import with_late_uploads
 from zofl_jax.tasks.quadratic import quadratic
 
@@ -205,6 +205,11 @@ def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path, quick
             on_record=functools.partial(recording.write_record, run),
         )
         restored, _ = recording.restore(run, simulator)
+        spent = [recording.epsilon(run, simulator, n) for n in range(ROUNDS + 1)]
+        with pytest.raises(RunError, match="round 9 is not in the log, which holds 8 rounds"):
+            recording.epsilon(run, simulator, ROUNDS + 1)
+    # Of every round, evaluated or not.
+    assert spent == [0.5 * n for n in range(ROUNDS + 1)]
     cohorts = simulator.cohorts(np.arange(ROUNDS))
     counts = [int(np.isin(cohorts[:n], BOTH).sum()) for n in (4, ROUNDS)]
     assert [record.rejected for record in whole.history] == counts
