@@ -56,7 +56,8 @@ def client_level(
     is σ²C²·m/M, which `client_epsilon` takes into account.
 
     Args:
-      algorithm: its broadcast must be the uniform mean of floating point uploads.
+      algorithm: its broadcast must be the uniform mean of floating point uploads, and nothing may
+        be made of the noisy uploads but that mean: ε is not that of compressed ones.
       clip: C > 0, the norm of an upload over all its leaves.
       noise_multiplier: σ >= 0.
       clients_per_round: M >= 1.

@@ -55,6 +55,8 @@ def with_late_uploads(
 
     Args:
       algorithm: its broadcast is of floating point numbers, and zero where nothing was uploaded.
+        What its server does with a round's broadcast must not hang on state that has moved on
+        since, as HiSo's directions do, nor on the sum of the uploads, as SCAFFOLD's control does.
       weight: s in (0, 1], of a late upload relative to one in time.
       prng_impl: the generator of the run's shared keys.
 
