@@ -47,6 +47,15 @@ ATTACKS = ("none", *ATTACK_SIZES, "alie", "krum", "label_flip", "nan", "inf")
 ENCODED = ("feedsign", "fedkseed", "fedkseed_pro")
 """Algorithms whose uploads are bits or seeds, with an aggregation of their own."""
 
+NEVER_LATE = {
+    "hiso": "which keeps no curvature of the round before to draw its directions in",
+    "scaffold": "whose c would no longer be the mean of the clients' c_i",
+}
+"""Algorithms that can't use late uploads, and why."""
+
+UNSIGNED = ("scaling", "out_of_range", "nan", "inf")
+"""Attacks that leave signs as they are."""
+
 FIRST_ORDER = ("fedavg", "fedprox", "fedsgd", "fedadam", "fedyogi", "fedadagrad", "scaffold")
 
 flags.DEFINE_enum(
@@ -111,12 +120,19 @@ _NEEDS: dict[str, tuple[str, Callable[[Values], bool]]] = {
         lambda v: v["aggregator"] in ("clipped_mean", "majority_sign"),
     ),
     "malicious_share": ("an --attack", lambda v: v["attack"] != "none"),
-    "attack_size": (f"--attack={' or '.join(ATTACK_SIZES)}", lambda v: v["attack"] in ATTACK_SIZES),
+    "attack_size": (
+        f"--attack={' or '.join(ATTACK_SIZES)}, on uploads that are more than signs",
+        lambda v: v["attack"] in ATTACK_SIZES and v["algorithm"] != "feedsign",
+    ),
     "dp_clip": ("--dp", lambda v: v["dp"] != "none"),
     "dp_noise": ("--dp", lambda v: v["dp"] != "none"),
     "dp_delta": (
         "--dp or --feedsign_epsilon",
         lambda v: v["dp"] != "none" or v["feedsign_epsilon"] is not None,
+    ),
+    "max_message": (
+        "uploads of floating point numbers",
+        lambda v: not v["secure_sum"] and v["algorithm"] != "feedsign",
     ),
     "secure_bits": ("--secure_sum", lambda v: v["secure_sum"]),
     "secure_largest": ("--secure_sum", lambda v: v["secure_sum"]),
@@ -146,7 +162,7 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
         values["attack_size"] = ATTACK_SIZES.get(values["attack"])
     _check_algorithm(values)
     _check_privacy(values, given)
-    _robust_rule(values)
+    robust_rule(values)
     _attack(values)
     _availability(values)
     if "krum" in values["aggregator"]:
@@ -172,10 +188,28 @@ def make_private(values: Values, make: Make) -> Algorithm:
     return privacy.example_level(make, values["dp_clip"], values["dp_noise"], values["batch_size"])
 
 
+def robust_rule(values: Values) -> aggregation.Rule:
+    """Returns the rule that `--aggregator` names."""
+    name, bad = values["aggregator"], values["num_byzantine"]
+    kept = max(1, values["clients_per_round"] - bad - 2)
+    rules: dict[str, Callable[[], aggregation.Rule]] = {
+        "mean": lambda: aggregation.mean,
+        "median": lambda: aggregation.median,
+        "trimmed_mean": lambda: aggregation.trimmed_mean(values["trimmed_share"]),
+        "krum": lambda: aggregation.krum(bad),
+        "multi_krum": lambda: aggregation.multi_krum(bad, kept),
+        "geometric_median": aggregation.geometric_median,
+        "clipped_mean": lambda: aggregation.clipped_mean(values["aggregator_size"]),
+        "majority_sign": lambda: aggregation.majority_sign(values["aggregator_size"]),
+    }
+    return rules[name]()
+
+
 def guarded(values: Values, algorithm: Algorithm) -> Algorithm:
     """Returns the algorithm with the aggregation, the privacy and the sums that flags ask for."""
-    if values["aggregator"] != "mean":
-        algorithm = algorithm._replace(aggregate=_robust_rule(values))
+    # SCAFFOLD has been given its rule: it also counts who is heard.
+    if values["aggregator"] != "mean" and values["algorithm"] != "scaffold":
+        algorithm = algorithm._replace(aggregate=robust_rule(values))
     cohort = values["clients_per_round"]
     if values["dp"] == "client":
         algorithm = privacy.client_level(algorithm, values["dp_clip"], values["dp_noise"], cohort)
@@ -200,6 +234,15 @@ def build(values: Values, task: Task, root: keys.RootKeys) -> Conditions:
       ValueError: for data that they don't fit.
     """
     num_clients = task.train.num_clients
+    for flag, asked, cause in (
+        ("malicious_share", values["attack"] != "none", "attack"),
+        ("late_joiners", values["late_joiners"] > 0, "late_joiners"),
+    ):
+        if asked and not round(values[flag] * num_clients):
+            raise ValueError(
+                f"--{flag}={values[flag]} of {num_clients} clients is nobody: take a share of "
+                f"{1 / num_clients:.3g} or more, or leave out --{cause}"
+            )
     adversary = None
     if values["attack"] != "none":
         malicious = attacks.drawn(root.adversary, num_clients, values["malicious_share"])
@@ -277,12 +320,22 @@ def _check_algorithm(values: Values) -> None:
                     f"--{flag}={values[flag]} is not possible with --algorithm={name}, whose "
                     "uploads are no numbers: leave it out"
                 )
-    encoded = name in ENCODED or values["compression"] != "none" or values["secure_sum"]
-    if encoded and attack not in ("none", "label_flip"):
+    if name in NEVER_LATE and values["late_weight"]:
         raise ValueError(
-            f"--attack={attack} needs uploads of plain numbers: use --attack=label_flip, or leave "
-            "out --compression, --secure_sum and --algorithm=" + " or ".join(ENCODED)
+            f"--late_weight={values['late_weight']} is not possible with --algorithm={name}, "
+            f"{NEVER_LATE[name]}: leave it out"
         )
+    compares = ("alie", "inner_product", "trim", "krum")
+    for there, setting, impossible, reason in (
+        (name == "feedsign", f"algorithm={name}", UNSIGNED, "whose uploads are signs alone"),
+        ("fedkseed" in name, f"algorithm={name}", compares, "whose clients share no directions"),
+        (values["secure_sum"], "secure_sum", ("nan", "inf"), "whose uploads are integers"),
+    ):
+        if there and attack in impossible:
+            raise ValueError(
+                f"--attack={attack} is not possible with --{setting}, {reason}: use "
+                "--attack=sign_flip"
+            )
     if attack == "label_flip" and values["task"] == "quadratic":
         raise ValueError("--attack=label_flip needs labels, which --task=quadratic has not")
     if values["secure_sum"]:
@@ -314,6 +367,7 @@ def _check_privacy(values: dict[str, Any], given: set[str]) -> None:
         for flag, plain, reason in (
             ("aggregator", "mean", "the noise is that of a mean"),
             ("weighting", "uniform", "the noise is that of a uniform mean"),
+            ("compression", "none", "ε is that of the noisy sum, and not of codes of its parts"),
             ("late_weight", 0.0, "a late upload has no part in a round's noise"),
             ("late_joiners", 0.0, "ε counts on cohorts from the whole population"),
             ("availability", "", "ε counts on cohorts from the whole population"),
@@ -328,6 +382,11 @@ def _check_privacy(values: dict[str, Any], given: set[str]) -> None:
                 f"--attack={values['attack']} is not possible with --dp=client: malicious clients "
                 "add no noise, and ε would be wrong; leave one of them out"
             )
+    if values["mask"] == "sensitivity" and (dp != "none" or values["feedsign_epsilon"] is not None):
+        raise ValueError(
+            "--mask=sensitivity is not possible with differential privacy: clients' own examples "
+            "make it, which ε does not count; use --mask=random or --mask=magnitude"
+        )
     if dp == "example" and values["feedsign_epsilon"] is not None:
         raise ValueError("--dp=example and --feedsign_epsilon are two accounts: choose one of them")
     if dp == "example":
@@ -342,22 +401,6 @@ def _check_privacy(values: dict[str, Any], given: set[str]) -> None:
                 "leave it out"
             )
         values["clients_at_once"] = 0
-
-
-def _robust_rule(values: Values) -> aggregation.Rule:
-    name, bad = values["aggregator"], values["num_byzantine"]
-    kept = max(1, values["clients_per_round"] - bad - 2)
-    rules: dict[str, Callable[[], aggregation.Rule]] = {
-        "mean": lambda: aggregation.mean,
-        "median": lambda: aggregation.median,
-        "trimmed_mean": lambda: aggregation.trimmed_mean(values["trimmed_share"]),
-        "krum": lambda: aggregation.krum(bad),
-        "multi_krum": lambda: aggregation.multi_krum(bad, kept),
-        "geometric_median": aggregation.geometric_median,
-        "clipped_mean": lambda: aggregation.clipped_mean(values["aggregator_size"]),
-        "majority_sign": lambda: aggregation.majority_sign(values["aggregator_size"]),
-    }
-    return rules[name]()
 
 
 def _attack(values: Values) -> attacks.Attack | None:

@@ -352,6 +352,7 @@ def _scaffold(values: Values, parts: Parts) -> Algorithm:
         share=values["clients_per_round"] / values["num_clients"],
         local_steps=values["local_steps"],
         server_rate=values["server_learning_rate"],
+        aggregate=conditions.robust_rule(values),
         clients_at_once=values["clients_at_once"] or None,
     )
 

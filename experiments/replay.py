@@ -3,7 +3,7 @@
     python -m experiments.replay --workdir=runs/digits --round=100 --out=model.npz
 
 `--round` counts rounds done: 0 is the initial model. The data is read once more to
-evaluate the model; no client takes part.
+evaluate the model; no client takes part. Of a private run it also tells the ε spent by then.
 """
 
 from pathlib import Path
@@ -14,8 +14,8 @@ import numpy as np
 from absl import flags
 
 from experiments import config, entry
-from zofl_jax import keys, rounds
-from zofl_jax.runs import read_flags
+from zofl_jax import keys, recording, rounds
+from zofl_jax.runs import open_run, read_flags
 
 flags.DEFINE_string("workdir", None, "Run directory.", required=True)
 flags.DEFINE_integer("round", None, "Rounds done; the last logged one unless given.")
@@ -42,6 +42,10 @@ def main() -> None:
             None: "the log holds none for this round",
         }[same]
     )
+    with open_run(workdir, values) as run:
+        spent = recording.epsilon(run, experiment.simulator, done)
+    if spent is not None:
+        print(f"privacy spent: epsilon {spent:.6g} at delta {values['dp_delta']:g}")
     if FLAGS.out:
         paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(state.params)
         arrays: dict[str, Any] = {

@@ -1,6 +1,5 @@
 """What a run leaves for people: its summary, its figures, its table on the console."""
 
-import functools
 import importlib.metadata
 import math
 import platform
@@ -26,15 +25,13 @@ def summarise(
 ) -> dict[str, Any]:
     """Returns the contents of `summary.json`."""
     book, history = progress.ledger, [record.row() for record in progress.history]
-    computed = functools.partial(
-        passes.total, experiment.simulator.phases, clients_per_round=values["clients_per_round"]
-    )
+    phases = experiment.simulator.phases
     for row in history:
-        spent = computed(row["round"])
+        spent = passes.total(phases, book.attended[: row["round"]])
         row |= {"forward_passes": spent.forward, "backward_passes": spent.backward}
     last: dict[str, Any] = history[-1] if history else {}
     accuracies = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
-    rounds_done = book.num_rounds
+    rounds_done, computed = book.num_rounds, passes.total(phases, book.attended)
     params = progress.state.params
     return {
         "algorithm": values["algorithm"],
@@ -58,8 +55,8 @@ def summarise(
         "bytes_catch_up_per_client": book.per_client(book.totals.catch_up),
         "bytes_first_sync_per_client": book.per_client(book.totals.first_sync),
         "bytes_fedavg_per_client": book.per_client(book.dense_bytes),
-        "forward_passes": computed(rounds_done).forward,
-        "backward_passes": computed(rounds_done).backward,
+        "forward_passes": computed.forward,
+        "backward_passes": computed.backward,
         "memory_bytes": experiment.simulator.memory_bytes(),
         "compile_seconds": experiment.simulator.compile_seconds(),
         "run_seconds": progress.run_seconds,

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_privacy import sending
 
-from zofl_jax import aggregation, attacks, keys
+from zofl_jax import aggregation, attacks, compression, estimators, keys, privacy
+from zofl_jax.algorithms import fedkseed
 
 SIZE = 12
 KEY = jax.random.key(3)
@@ -154,6 +156,44 @@ def test_the_largest_step_is_the_paper_s():
     expected = (min(sums) / (n - 2 * m - 1) + longest) / 7**0.5
     actual = attacks._largest_step(uploads(), jnp.asarray(HONEST), jnp.asarray(m))
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+PLAIN = jnp.asarray(uploads()["a"])  # [C, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("wrap", "error"),
+    [
+        (lambda plain: compression.compressed(plain, compression.integers(8)), 0.04),
+        (lambda plain: compression.compressed(plain, compression.floats(jnp.float16)), 1e-2),
+        (lambda plain: compression.compressed(plain, compression.top_k(1.0)), 1e-6),
+        (lambda plain: privacy.fixed_point(plain, 16, 100.0, SIZE), 1e-4),
+    ],
+)
+def test_attacks_on_encoded_uploads_are_those_on_what_they_say(wrap, error):
+    algorithm = wrap(sending(PLAIN))
+    own_keys = jax.random.split(KEY, SIZE)
+    one = jax.vmap(lambda u, key: algorithm.client(None, None, (), u, key).upload)
+    honest = one(PLAIN, own_keys)
+    attacked = attacks.on_wire(attacks.sign_flip(2.0), algorithm.wire)(
+        KEY, honest, MALICIOUS, PRESENT
+    )
+    for a, b in zip(jax.tree.leaves(attacked), jax.tree.leaves(honest), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a[~MALICIOUS], b[~MALICIOUS])
+    read = jax.vmap(algorithm.wire.numbers)(attacked)
+    np.testing.assert_allclose(read[MALICIOUS], -2 * PLAIN[MALICIOUS], atol=2 * error)
+
+
+def test_flipped_pairs_of_fedkseed_keep_their_seeds():
+    algorithm = fedkseed(
+        None, estimators.forward_difference(1, 1e-3), 0.1, pool_key=KEY, pool_size=8, local_steps=6
+    )
+    pairs = {"scalars": PLAIN.reshape(SIZE, 6), "seeds": jnp.arange(6 * SIZE).reshape(SIZE, 6)}
+    flipped = attacks.on_wire(attacks.sign_flip(), algorithm.wire)(KEY, pairs, MALICIOUS, PRESENT)
+    np.testing.assert_array_equal(flipped["seeds"], pairs["seeds"])
+    signs = np.where(MALICIOUS, -1, 1)[:, None]
+    np.testing.assert_array_equal(flipped["scalars"], signs * pairs["scalars"])
 
 
 def test_one_function_serves_all_attacks():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zofl_jax import compression
+from zofl_jax import compression, rounds
 from zofl_jax.compression import floats, integers, signs, top_k
 
 KEY = jax.random.key(0)
@@ -62,12 +62,11 @@ def test_the_error_of_a_code_is_bounded(codec, error):
     assert (abs(np.asarray(got - NUMBERS)) <= error + 1e-6).all()
 
 
-def test_numbers_too_large_for_a_float_become_the_largest():
-    huge = jnp.array([1e6, -1e6, 65504.0])
-    for stochastic in (False, True):
-        codec = floats(jnp.float16, stochastic=stochastic)
-        got = codec.decode(codec.encode(KEY, huge), 3)
-        np.testing.assert_array_equal(got, [65504.0, -65504.0, 65504.0])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_numbers_too_large_for_a_float_become_infinity(stochastic):
+    codec = floats(jnp.float16, stochastic=stochastic)
+    got = codec.decode(codec.encode(KEY, jnp.array([1e6, -1e6, 65504.0, -3e38])), 4)
+    np.testing.assert_array_equal(got, [jnp.inf, -jnp.inf, 65504.0, -jnp.inf])
 
 
 def test_top_k_keeps_the_largest_and_counts_values_and_indices():
@@ -89,15 +88,31 @@ def test_signs_carry_one_bit_and_the_mean_magnitude():
     np.testing.assert_allclose(plain.decode(payload, 7)[:3], got[:3])
 
 
-@pytest.mark.parametrize("codec", [integers(8), top_k(0.3), signs(), floats(jnp.float16)])
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        integers(8),
+        top_k(0.3),
+        signs(),
+        floats(jnp.float16),
+        floats(jnp.float16, stochastic=True),
+        floats(jnp.bfloat16, stochastic=True),
+    ],
+)
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_numbers_that_are_not_finite_are_seen_after_the_transfer(codec, bad):
     """So that a round is stopped, or a client refused, as without compression."""
     got = codec.decode(codec.encode(KEY, NUMBERS.at[0].set(bad)), 7)
-    if bad == jnp.inf and isinstance(codec.encode(KEY, NUMBERS), jax.Array):
-        assert float(got[0]) == 65504.0  # the largest float16 stands for it
-    else:
-        assert not jnp.isfinite(got).all()
+    assert not jnp.isfinite(got).all()
+
+
+@pytest.mark.parametrize("codec", [floats(jnp.float16), floats(jnp.bfloat16), integers(8)])
+def test_the_server_rejects_what_is_out_of_range_in_any_code(codec):
+    """Also what float16 can't hold, however large a message may be."""
+    numbers = jnp.stack([NUMBERS, *(NUMBERS.at[0].set(x) for x in (jnp.nan, jnp.inf, 2e3, 1e7))])
+    messages = jax.vmap(lambda x: codec.encode(KEY, x))(numbers)
+    assert rounds._acceptable(messages, 1e3).tolist() == [True, False, False, False, False]
+    assert rounds._acceptable(messages, 1e6).tolist() == [True, False, False, True, False]
 
 
 @pytest.mark.parametrize(

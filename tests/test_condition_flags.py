@@ -5,11 +5,12 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from experiments import conditions, config, methods
+from experiments import conditions, config, methods, report
 from experiments.entry import UserError
 from zofl_jax import ledger, privacy, simulation
 
@@ -63,6 +64,15 @@ def test_every_rule_is_that_of_the_algorithm(algorithm):
             np.testing.assert_allclose(leaf, value, rtol=1e-5)
 
 
+def test_scaffold_counts_who_is_heard_under_any_rule():
+    values = resolve("--algorithm=scaffold", "--aggregator=median")
+    (phase,) = methods.build_phases(values, plain().task)
+    uploads = {"params": jnp.ones((4, 2)), "control": jnp.ones((4, 2))}
+    broadcast = phase.algorithm.aggregate(uploads, jnp.array([1.0, 1.0, 0.0, 1.0]))
+    np.testing.assert_allclose(broadcast["params"], 1)
+    np.testing.assert_allclose(broadcast["control"], 0.75)
+
+
 def test_a_server_survives_attackers_and_counts_what_it_rejects(quick_compile):
     simulator, progress = ran("--attack=nan", "--malicious_share=0.34", "--aggregator=median")
     malicious = np.asarray(simulator.conditions.adversary.malicious)
@@ -70,6 +80,15 @@ def test_a_server_survives_attackers_and_counts_what_it_rejects(quick_compile):
     expected = int(malicious[simulator.cohorts(np.arange(3))].sum())
     assert progress.history[-1].rejected == expected > 0
     assert math.isfinite(progress.history[-1].metrics["loss"])
+
+
+@pytest.mark.parametrize("compression", ["float16", "int8"])
+def test_bad_messages_are_seen_in_compressed_uploads(compression, quick_compile):
+    arguments = f"--compression={compression}", "--attack=out_of_range", "--malicious_share=0.34"
+    simulator, progress = ran(*arguments, rounds=1)
+    malicious = np.asarray(simulator.conditions.adversary.malicious)
+    expected = int(malicious[simulator.cohorts(np.arange(1))].sum())
+    assert progress.ledger.rejected == expected > 0
 
 
 def test_private_clients_in_a_secure_sum(quick_compile):
@@ -106,7 +125,8 @@ def test_the_private_bits_of_feedsign_are_accounted_for():
 
 
 def test_clients_that_come_and_go(quick_compile):
-    simulator, progress = ran(
+    values = resolve(
+        *SMALL,
         "--dropout=0.1",
         "--deadline=1.2",
         "--late_weight=0.5",
@@ -114,9 +134,17 @@ def test_clients_that_come_and_go(quick_compile):
         "--join_by=3",
         "--availability=4:0.75",
     )
+    experiment = config.build(values)
+    simulator = experiment.simulator
+    progress = simulation.run(simulator, rounds=3)
     found = simulator.attendance(np.arange(3))
     assert found.there.sum() > found.in_time.sum()
     assert progress.ledger.totals.upload == found.uploaded.sum() * simulator.sizes[0].upload
+    # Clients that are not there compute nothing; those whose upload is lost or late do.
+    summary = report.summarise(values, experiment, progress)
+    assert found.there.sum() < found.there.size
+    expected = int(found.there.sum()) * simulator.phases[0].algorithm.passes.forward
+    assert summary["forward_passes"] == summary["history"][-1]["forward_passes"] == expected
 
 
 def test_an_availability_trace_from_a_file(tmp_path):
@@ -143,8 +171,10 @@ def test_an_availability_trace_from_a_file(tmp_path):
         (["--aggregator=trimmed_mean", "--trimmed_share=0.5"], "[0, 0.5), got 0.5"),
         (["--aggregator=krum", "--num_byzantine=2"], "needs a cohort of 7 or more, got"),
         (["--attack=trim", "--attack_size=0.5"], "must be above 1, got 0.5"),
-        (["--attack=krum", "--algorithm=feedsign"], "--attack=krum needs uploads of plain"),
-        (["--attack=nan", "--compression=int8"], "--attack=nan needs uploads of plain numbers"),
+        (["--attack=scaling", "--algorithm=feedsign"], "whose uploads are signs alone: use"),
+        (["--attack=trim", "--attack_size=3", "--algorithm=feedsign"], "more than signs"),
+        (["--attack=alie", "--algorithm=fedkseed"], "whose clients share no directions: use"),
+        (["--attack=nan", "--secure_sum"], "whose uploads are integers: use --attack=sign_flip"),
         (["--aggregator=median", "--algorithm=fedkseed"], "not possible with --algorithm=fedk"),
         (["--attack=label_flip", "--task=quadratic"], "needs labels, which --task=quadratic"),
         (["--secure_sum", "--aggregator=median"], "use --aggregator=mean"),
@@ -152,6 +182,19 @@ def test_an_availability_trace_from_a_file(tmp_path):
         (["--secure_sum", "--secure_bits=30"], "overflows 32 bits"),
         (["--dp=client", "--aggregator=median"], "the noise is that of a mean"),
         (["--dp=client", "--weighting=examples"], "that of a uniform mean"),
+        (["--dp=client", "--compression=float16"], "ε is that of the noisy sum"),
+        (["--dp=example", "--mask=sensitivity"], "use --mask=random or --mask=magnitude"),
+        (["--feedsign_epsilon=1", "--algorithm=feedsign", "--mask=sensitivity"], "make it, which"),
+        (["--secure_sum", "--max_message=9"], "--max_message has no effect without uploads of fl"),
+        (["--algorithm=feedsign", "--max_message=9"], "--max_message has no effect without"),
+        (["--deadline=1", "--late_weight=1", "--algorithm=hiso"], "keeps no curvature of the"),
+        (["--deadline=1", "--late_weight=1", "--algorithm=scaffold"], "no longer be the mean"),
+        (["--attack=nan", "--malicious_share=0.02"], "--malicious_share=0.02 of 20 clients is"),
+        (
+            ["--attack=label_flip", "--malicious_share=0"],
+            "share of 0.05 or more, or leave out --att",
+        ),
+        (["--late_joiners=0.02"], "--late_joiners=0.02 of 20 clients is nobody"),
         (["--dp=client", "--availability=4:0.5"], "cohorts from the whole population"),
         (["--dp=client", "--attack=nan"], "malicious clients add no noise"),
         (["--dp=client", "--algorithm=feedsign"], "not possible with --algorithm=feedsign"),

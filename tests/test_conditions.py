@@ -10,25 +10,28 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from test_rounds import counting
 from tiny_simulations import COHORT, advance, assert_same_bits, copy, joined, start
-from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, softmax_task
+from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, poisoned_task, softmax_task
 
 from zofl_jax import (
     aggregation,
     attacks,
+    compression,
     estimators,
     keys,
     participation,
     perturbations,
+    privacy,
     recording,
     simulation,
 )
-from zofl_jax.algorithms import decomfl
+from zofl_jax.algorithms import decomfl, fedsgd, feedsign, scaffold
 from zofl_jax.core import Algorithm, ClientResult, Phase, ServerState
 from zofl_jax.data import batches
 from zofl_jax.participation import Attendance
 from zofl_jax.rounds import Conditions
-from zofl_jax.runs import open_run
+from zofl_jax.runs import RunError, open_run
 from zofl_jax.staleness import with_late_uploads
+from zofl_jax.tasks.quadratic import quadratic
 
 POPULATION = len(CLIENT_SIZES)
 ROUNDS = 8
@@ -129,6 +132,26 @@ def test_a_round_of_bad_messages_alone_has_diverged(quick_compile):
     assert_same_bits(failure.value.progress.state, start(simulator))
 
 
+@pytest.mark.parametrize("method", ["signs", "secure sum"])
+def test_a_loss_that_is_not_finite_stops_nobody_else(quick_compile, method):
+    """Where uploads can't say so; the loss is the mean of the others'."""
+    methods = {
+        "signs": lambda task: feedsign(
+            task.loss, estimators.forward_difference(1, 1e-2), optax.sgd(0.05)
+        ),
+        "secure sum": lambda task: privacy.fixed_point(gradients(task), 16, 100.0, COHORT),
+    }
+    first = int(EVERYONE(keys.root(0), 0).cohort[0])
+    task = poisoned_task(first)
+    simulator = make(Conditions(), task, methods[method](task))
+    _, (trace,) = advance(simulator, start(simulator), [ROUNDS])
+    assert trace.failed_loss is None
+    assert np.all(np.isfinite(trace.losses)) and len(trace.losses) == ROUNDS
+    others = make(Conditions(attend=without(jnp.arange(POPULATION) == first)))
+    _, (expected,) = advance(others, start(others), [1])
+    np.testing.assert_allclose(trace.losses[0], expected.losses[0], rtol=1e-5)
+
+
 def test_a_round_without_uploads_is_a_round_of_zeros(quick_compile):
     """The momentum of the rounds before goes on; the loss is that of the work in vain."""
     nobody = jnp.ones(POPULATION, bool)
@@ -182,6 +205,11 @@ def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path, quick
             on_record=functools.partial(recording.write_record, run),
         )
         restored, _ = recording.restore(run, simulator)
+        spent = [recording.epsilon(run, simulator, n) for n in range(ROUNDS + 1)]
+        with pytest.raises(RunError, match="round 9 is not in the log, which holds 8 rounds"):
+            recording.epsilon(run, simulator, ROUNDS + 1)
+    # Of every round, evaluated or not.
+    assert spent == [0.5 * n for n in range(ROUNDS + 1)]
     cohorts = simulator.cohorts(np.arange(ROUNDS))
     counts = [int(np.isin(cohorts[:n], BOTH).sum()) for n in (4, ROUNDS)]
     assert [record.rejected for record in whole.history] == counts
@@ -191,6 +219,22 @@ def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path, quick
     assert restored.ledger.rejected == whole.ledger.rejected == counts[-1]
     assert restored.ledger.contributors == whole.ledger.contributors
     assert_same_bits(restored.state, whole.state)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_scaffold_s_control_is_the_mean_of_the_clients_whoever_is_absent(weighting, quick_compile):
+    """c = Σ c_i / N over the population, also where some of a cohort are lost or too late."""
+    task = softmax_task()
+    attend = participation.partial(POPULATION, COHORT, dropout=0.3, deadline=1.5)
+    method = scaffold(task.loss, 0.1, share=COHORT / POPULATION, local_steps=2)
+    simulator = make(Conditions(attend=attend), task, method, weighting=weighting)
+    progress = simulator.start(None)
+    state, memory, trace = simulator.advance(progress.state, progress.memory, ROUNDS)
+    counts = trace.attendance.in_time.sum(axis=1)
+    assert counts.min() < counts.max() == COHORT
+    for c, own in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(memory), strict=True):
+        assert np.any(np.abs(c) > 1e-3)
+        np.testing.assert_allclose(c, own.mean(axis=0), rtol=1e-4, atol=1e-6)
 
 
 # Attacks.
@@ -217,6 +261,28 @@ def test_attacks_and_rules_are_for_scalars_and_for_models(quick_compile, method)
     broadcast = rule(jax.tree.map(jnp.asarray, seen["sent"]), jnp.ones(COHORT))
     for a, b in zip(jax.tree.leaves(broadcast), jax.tree.leaves(trace.broadcasts), strict=True):
         np.testing.assert_allclose(a, b[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("flipping", "sign"), [(2, 1), (4, -1)])
+def test_a_majority_of_signs_withstands_a_minority_that_flips_them(quick_compile, flipping, sign):
+    """Of six clients with the same loss: the broadcast is the honest one, or its opposite."""
+    task = quadratic(
+        jax.random.key(0), dim=8, effective_rank=4.0, num_clients=POPULATION, heterogeneity=0.0
+    ).task
+    method = feedsign(task.loss, estimators.central_difference(5, 1e-2), optax.sgd(1e-3))
+    options = {"clients_per_round": POPULATION, "batch_size": 1}
+    malicious = jnp.arange(POPULATION) < flipping
+    adversary = attacks.Adversary(malicious, attacks.sign_flip())
+    attacked = make(Conditions(adversary=adversary), task, method, **options)
+    plain = make(Conditions(), task, method, **options)
+    _, (honest,) = advance(plain, start(plain), [1])
+    _, (trace,) = advance(attacked, start(attacked), [1])
+    sent, received = (
+        1 - 2 * compression.unpack(jnp.asarray(x.broadcasts[0]), 1, 5).astype(int)
+        for x in (honest, trace)
+    )
+    assert len(set(sent.tolist())) == 2
+    np.testing.assert_array_equal(received, sign * sent)
 
 
 def test_flipped_labels_are_those_of_a_client_that_holds_them(quick_compile):
@@ -310,6 +376,31 @@ def test_late_uploads_move_the_model_along_their_own_directions(quick_compile):
 def one_batch(simulator, r, client):
     key = keys.batch_key(simulator.root.batches, r, client)
     return batches.sample(key, simulator.task.train, client, BATCH_SIZE, 1)
+
+
+def test_clients_remember_what_they_uploaded_late(quick_compile):
+    """It will be used, so it is not to be sent again; what was lost is."""
+    attend = participation.partial(POPULATION, COHORT, deadline=1.0, spread=1.0, dropout=0.3)
+    method = with_late_uploads(counting()._replace(aggregate=aggregation.mean), 0.5)
+    simulator = make(Conditions(attend=attend, late_uploads=True), method=method)
+    progress = simulator.start(jnp.zeros(()))
+    _, memory, trace = simulator.advance(progress.state, progress.memory, ROUNDS)
+    found = trace.attendance
+    assert np.sum(found.there) > np.sum(found.uploaded) > np.sum(found.in_time)
+    times = [int(np.sum(found.cohort[found.uploaded] == c)) for c in range(POPULATION)]
+    assert memory.clients.rounds.tolist() == times
+
+
+def test_a_schedule_of_the_learning_rate_follows_the_rounds_with_late_uploads():
+    """A slope of one along the ones: each round is a step of that round's rate."""
+    rates = jnp.array([1.0, 0.5, 0.25, 0.125, 0.0, 0.0, 0.0])
+    method = fedsgd(None, optax.sgd(lambda count: rates[count]))
+    algorithm = with_late_uploads(method, 1.0)
+    state, half = algorithm.init(jnp.zeros(2)), jnp.full(2, 0.5)
+    for r in range(4):
+        state = algorithm.server(keys.round_key(keys.root(0).shared, r), state, (half, half))
+        np.testing.assert_allclose(state.params, -np.sum(rates[: r + 1]))
+    assert int(state.round) == 4
 
 
 def test_late_uploads_replay_and_resume_to_the_same_bits(tmp_path, quick_compile):

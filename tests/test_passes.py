@@ -70,5 +70,7 @@ def test_the_total_follows_the_phases():
 
     phases = [phase(0, 1), phase(4, 2), phase(10, 5)]
     for rounds, expected in [(0, 0), (3, 3 * 4), (4, 4 * 4), (7, 16 + 3 * 6), (12, 16 + 36 + 24)]:
-        assert passes.total(phases, rounds, 3) == Passes(3 * expected, 0)
+        assert passes.total(phases, [3] * rounds) == Passes(3 * expected, 0)
+    # Rounds 3, 4 and 5 have one client less each.
+    assert passes.total(phases, [3, 3, 3, 2, 2, 2]) == Passes((9 + 2) * 4 + 4 * 6, 0)
     assert passes.in_forward_passes(Passes(7, 2)) == 11

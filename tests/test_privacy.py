@@ -11,7 +11,7 @@ import pytest
 from tiny_tasks import softmax_task
 
 from zofl_jax import aggregation, estimators, keys, perturbations, privacy
-from zofl_jax.algorithms import decomfl
+from zofl_jax.algorithms import decomfl, fedkseed
 from zofl_jax.core import Algorithm, ClientResult, ServerState
 
 KEY = keys.round_key(keys.root(2).shared, 0)
@@ -135,6 +135,22 @@ def test_the_noise_of_a_step_is_the_client_s_own(quick_compile):
     assert np.all(np.abs(correlation) < 5 / CLIENTS**0.5)
 
 
+def test_a_seed_drawn_twice_has_noise_of_its_own_each_time(quick_compile):
+    """FedKSeed with a pool of one seed: a difference of two steps would tell the data."""
+    task = softmax_task()
+
+    def make(private):
+        estimator = private(estimators.forward_difference(1, 1e-3))
+        return fedkseed(task.loss, estimator, 1e-9, pool_key=KEY, pool_size=1, local_steps=2)
+
+    algorithm = privacy.example_level(make, 0.5, 20.0, 4)
+    state, batches = algorithm.init(task.init(KEY)), batches_of(task, 2)
+    own_keys = jax.random.split(jax.random.key(7), CLIENTS)
+    one = jax.vmap(lambda own: algorithm.client(KEY, state, (), batches, own).upload["scalars"])
+    scalars = np.asarray(jax.jit(one)(own_keys))
+    assert abs(np.corrcoef(scalars.T)[0, 1]) < 5 / CLIENTS**0.5
+
+
 def test_a_client_goes_on_with_its_noisy_scalars(quick_compile):
     """What it measures at its second step is at the model that its first message leads to."""
     task, estimator, algorithm = private_decomfl(0.5, 20.0, local_steps=2)
@@ -186,6 +202,38 @@ def test_epsilon_is_the_library_s_own_figure():
     assert actual == reference(1.0, 8, 400, 30, 1e-6)
 
 
+def test_without_sampling_it_is_that_of_the_library_s_other_accountant():
+    """By privacy loss distributions, which are exact; Rényi accounting is above, by little."""
+    pytest.importorskip("dp_accounting")
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    # Ten clients in all: replacing one moves the sum by 2C, and its noise is 3C, or √(6/10) of it.
+    options = {"noise_multiplier": 3.0, "clients_per_round": 10, "num_clients": 10, "delta": 1e-5}
+    full = pld.from_gaussian_mechanism(3.0, sensitivity=2.0).self_compose(7)
+    weak = pld.from_gaussian_mechanism(3.0 * 0.6**0.5, sensitivity=2.0).self_compose(2)
+    for contributors, exact in (({10: 7}, full), ({10: 7, 6: 2}, full.compose(weak))):
+        least = exact.get_epsilon_for_delta(1e-5)
+        assert least <= privacy.client_epsilon(contributors, **options) < 1.12 * least
+    options = {"noise_multiplier": 5.0, "batch_size": 8, "num_examples": 8, "delta": 1e-6}
+    exact = pld.from_gaussian_mechanism(5.0, sensitivity=2.0).self_compose(12)
+    least = exact.get_epsilon_for_delta(1e-6)
+    assert least <= privacy.example_epsilon(12, **options) < 1.12 * least
+
+
+def test_sampling_amplifies_as_it_does_in_one_round():
+    """ε' = log(1 + γ (exp ε − 1)) at δ' = γ δ for a sample of a share γ (Balle et al. 2018)."""
+    pytest.importorskip("dp_accounting")
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    share, delta = 10 / 200, 1e-5
+    whole = pld.from_gaussian_mechanism(3.0, sensitivity=2.0).get_epsilon_for_delta(delta / share)
+    least = math.log1p(share * math.expm1(whole))
+    actual = privacy.client_epsilon(
+        {10: 1}, noise_multiplier=3.0, clients_per_round=10, num_clients=200, delta=delta
+    )
+    assert least <= actual < 2.2 * least < whole
+
+
 def test_without_sampling_it_is_below_the_closed_form_of_zero_concentrated_privacy():
     """ρ = T / 2σ², ε <= ρ + 2 √(ρ log 1/δ) (Bun and Steinke 2016), and not by much."""
     rho = 20 / (2 * 5.0**2)
@@ -211,10 +259,21 @@ def test_rounds_with_fewer_clients_spend_more():
     assert privacy.client_epsilon({10: 1}, **options | {"noise_multiplier": 0.0}) == math.inf
 
 
+@pytest.mark.parametrize(("bits", "epsilon"), [(1, 2.0), (40, 0.5), (1000, 0.1)])
+def test_private_bits_spend_what_the_library_s_other_accountant_says(bits, epsilon):
+    """By the exact privacy loss of bits that are drawn at random with 2 / (1 + exp ε₀)."""
+    pytest.importorskip("dp_accounting")
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    one = pld.from_randomized_response(2 / (1 + math.exp(epsilon)), num_buckets=2)
+    exact = one.self_compose(bits).get_epsilon_for_delta(1e-5)
+    actual = privacy.bit_epsilon(bits, epsilon=epsilon, delta=1e-5)
+    assert exact * (1 - 1e-3) <= actual < 1.15 * exact
+
+
 def test_private_bits_spend_what_composition_says():
-    """At most the sum of their ε, and of many of them much less."""
-    few = privacy.bit_epsilon(3, epsilon=0.1, delta=1e-9)
-    assert few <= 3 * 0.1 + 1e-12
+    """The sum of their ε at most, which is exact for few, and of many of them much less."""
+    assert math.isclose(privacy.bit_epsilon(3, epsilon=0.1, delta=1e-9), 3 * 0.1)
     many = privacy.bit_epsilon(1000, epsilon=0.1, delta=1e-5)
     # Dwork, Rothblum, Vadhan 2010: ε √(2 n log 1/δ) + n ε (exp ε − 1).
     advanced = 0.1 * math.sqrt(2000 * math.log(1e5)) + 1000 * 0.1 * (math.exp(0.1) - 1)
@@ -256,6 +315,12 @@ def test_the_sum_of_integers_is_exact_and_the_mean_within_the_rounding():
     masks[here.nonzero()[0][0]] -= masks[here].sum(axis=0, dtype=np.uint32)
     masked = {"a": codes["a"] + masks}
     assert np.array_equal(jax.jit(algorithm.aggregate)(masked, weights)["a"], mean)
+
+
+def test_numbers_that_are_not_finite_add_nothing_to_a_sum():
+    uploads = jnp.array([[jnp.nan, 1.0], [3.0, jnp.inf]])
+    algorithm = privacy.fixed_point(sending(uploads), 16, 10.0, 2)
+    assert algorithm.aggregate(sent(algorithm, uploads), jnp.ones(2)).tolist() == [1.5, 0.5]
 
 
 def test_the_largest_numbers_that_fit_do_not_overflow():

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 from tiny_simulations import COHORT, advance, assert_same_bits, copy, joined, make_simulator, start
-from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, softmax_task
+from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, poisoned_task, softmax_task
 
 from zofl_jax import estimators, rounds, simulation
 from zofl_jax.algorithms import decomfl
-from zofl_jax.core import Phase, Task
+from zofl_jax.core import Phase
 from zofl_jax.tasks.quadratic import quadratic
 
 ROUNDS = 12
@@ -211,15 +211,6 @@ def test_a_quadratic_descends_to_its_minimum(quick_compile, local_steps):
     first = task.loss(task.init(jax.random.key(0)), task.test)
     progress = simulation.run(simulator, rounds=400 // local_steps)
     assert progress.history[-1].metrics["loss"] - minimum < 0.05 * (float(first) - minimum)
-
-
-def poisoned_task(client: int) -> Task:
-    """The softmax task with one feature of one client's examples not a number."""
-    task = softmax_task()
-    mine = task.train.order[task.train.offsets[client] : task.train.offsets[client + 1]]
-    features = task.train.examples["features"].at[mine, 0].set(jnp.nan)
-    examples = {**task.train.examples, "features": features}
-    return task._replace(train=task.train._replace(examples=examples))
 
 
 def test_a_cohort_that_is_not_a_number_stops_the_run(quick_compile):

@@ -41,3 +41,12 @@ def softmax_task(dtype: type = np.float32) -> Task:
         partition.client_data(examples, random.permutation(n), offsets),
         examples,
     )
+
+
+def poisoned_task(client: int) -> Task:
+    """The softmax task with one feature of one client's examples not a number."""
+    task = softmax_task()
+    mine = task.train.order[task.train.offsets[client] : task.train.offsets[client + 1]]
+    features = task.train.examples["features"].at[mine, 0].set(jnp.nan)
+    examples = {**task.train.examples, "features": features}
+    return task._replace(train=task.train._replace(examples=examples))

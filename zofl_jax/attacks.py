@@ -6,7 +6,8 @@ there and not malicious, the strongest case of each paper. A data attack maps th
 malicious client trains on; then it follows the protocol.
 
 Attacks are sized by the honest uploads, so that they mean the same for a few scalars and for
-whole models.
+whole models. On compressed uploads, and on bits, they act on what the server makes of them
+(`on_wire`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from zofl_jax import aggregation, sampling
-from zofl_jax.core import Array, Batches, PRNGKey, Upload
+from zofl_jax.core import Array, Batches, PRNGKey, Upload, Wire
 
 Attack = Callable[[PRNGKey, Upload, Array, Array], Upload]
 DataAttack = Callable[[Batches], Batches]
@@ -49,6 +50,29 @@ def drawn(key: PRNGKey, num_clients: int, share: float) -> Array:
     count = round(share * num_clients)
     nobody = jnp.zeros(num_clients, bool)
     return nobody.at[sampling.subset(key, num_clients, count)].set(True) if count else nobody
+
+
+def on_wire(attack: Attack, wire: Wire | None) -> Attack:
+    """Returns the attack on uploads written as `wire` says, itself if they are plain numbers.
+
+    It sees the numbers that the server reads from all uploads; malicious clients write down what
+    it makes of theirs. The others' uploads stay as they are.
+
+    >>> wire = Wire(lambda u: 1.0 - 2.0 * u, lambda key, x, u: (x < 0).astype(u.dtype))
+    >>> attack, bits = on_wire(sign_flip(), wire), jnp.array([1, 1, 0], jnp.uint8)
+    >>> attack(jax.random.key(0), bits, jnp.array([True, False, True]), jnp.ones(3, bool)).tolist()
+    [0, 1, 1]
+    """
+    if wire is None:
+        return attack
+
+    def written(key: PRNGKey, uploads: Upload, malicious: Array, present: Array) -> Upload:
+        attack_key, write_key = jax.random.split(key)
+        numbers = attack(attack_key, jax.vmap(wire.numbers)(uploads), malicious, present)
+        write_keys = jax.random.split(write_key, len(malicious))
+        return _replaced(uploads, jax.vmap(wire.written)(write_keys, numbers, uploads), malicious)
+
+    return written
 
 
 def gaussian(scale: float = 10.0) -> Attack:

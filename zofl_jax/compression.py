@@ -27,6 +27,7 @@ from zofl_jax.core import (
     PRNGKey,
     ServerState,
     Upload,
+    Wire,
 )
 
 
@@ -129,13 +130,19 @@ def compressed(algorithm: Algorithm, codec: Codec, *, error_feedback: bool = Fal
             return inner
         return WithResidual(inner, jax.tree.map(jnp.zeros_like, params))
 
-    return algorithm._replace(client=client, aggregate=aggregate, init_memory=init_memory)
+    return algorithm._replace(
+        client=client,
+        aggregate=aggregate,
+        init_memory=init_memory,
+        wire=Wire(decode, lambda key, numbers, message: encode(key, numbers)),
+    )
 
 
 def floats(dtype: Any, *, stochastic: bool = False) -> Codec:
     """Returns the codec of floats of 16 bits: float16 or bfloat16.
 
-    What is too large becomes the largest finite number.
+    A number too large for the type becomes infinity, which the server rejects: beyond 65,504 in
+    float16.
 
     Args:
       dtype: the type on the wire.
@@ -151,21 +158,19 @@ def floats(dtype: Any, *, stochastic: bool = False) -> Codec:
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)):
         raise ValueError(f"floats on the wire must be float16 or bfloat16, got {dtype}")
-    largest = float(jnp.finfo(dtype).max)
 
     def encode(own_key: PRNGKey, numbers: Array) -> Array:
-        clipped = jnp.clip(numbers, -largest, largest)
-        nearest = clipped.astype(dtype)
+        nearest = numbers.astype(dtype)
         if not stochastic:
             return nearest
-        error = clipped - nearest.astype(clipped.dtype)
+        error = numbers - nearest.astype(numbers.dtype)
         upwards = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
         other = jnp.nextafter(nearest, upwards)
-        gap = other.astype(clipped.dtype) - nearest.astype(clipped.dtype)
+        gap = other.astype(numbers.dtype) - nearest.astype(numbers.dtype)
         # The nearest is closer than half a gap, so the other is taken with the smaller chance.
         chance = jnp.where(error == 0, 0, error / gap)
         moved = jax.random.uniform(own_key, numbers.shape) < chance
-        return jnp.where(moved & jnp.isfinite(other), other, nearest)
+        return jnp.where(moved & jnp.isfinite(nearest) & jnp.isfinite(other), other, nearest)
 
     return Codec(encode, lambda payload, n: payload.astype(jnp.float32))
 

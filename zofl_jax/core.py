@@ -76,6 +76,18 @@ class Sync(NamedTuple):
     alone: bool
 
 
+class Wire(NamedTuple):
+    """How uploads that are not plain numbers, but codes or bits, are read and written.
+
+    Attributes:
+      numbers: upload -> a tree of floating point arrays, what the server makes of it.
+      written: (key, numbers, upload) -> the upload with these numbers in place of its own.
+    """
+
+    numbers: Callable[[Upload], Any]
+    written: Callable[[PRNGKey, Any, Upload], Upload]
+
+
 class Algorithm(NamedTuple):
     """A federated algorithm. All functions are pure and traceable.
 
@@ -93,6 +105,7 @@ class Algorithm(NamedTuple):
       sync: how a client that fell behind is brought up to date, by replaying the broadcasts it
         missed unless given.
       passes: what one client computes in a round, by the algorithm's own account.
+      wire: how malicious clients read and write uploads, which are plain numbers unless given.
     """
 
     init: Callable[[Params], ServerState]
@@ -103,6 +116,7 @@ class Algorithm(NamedTuple):
     init_memory: Callable[[Params], Any] = lambda params: ()
     sync: Sync | None = None
     passes: Passes = Passes(0, 0)
+    wire: Wire | None = None
 
 
 class Phase(NamedTuple):

@@ -125,8 +125,8 @@ def tree_bytes(tree: Any) -> int:
 class Ledger:
     """Counts the bytes of rounds in their order.
 
-    It keeps only each client's last round and running totals; both are functions of the
-    cohorts so far, so a resumed run recounts them from the cohorts.
+    It keeps each client's last round, each round's size and running totals; all are functions of
+    the cohorts so far, so a resumed run recounts them from the cohorts.
     """
 
     def __init__(self, num_clients: int):
@@ -134,6 +134,7 @@ class Ledger:
         self.last_round = participation.first_last_round(num_clients)
         self.totals = RoundBytes(0, 0, 0, 0, 0)
         self.participations = 0
+        self.attended: list[int] = []  # of each round, how many clients were there
         self.rejected = 0
         # Of each client, and how many rounds had how many uploads that counted.
         self.times = np.zeros(num_clients, np.int64)
@@ -187,6 +188,7 @@ class Ledger:
         self._replay_bytes.append(sent_until_now + sizes.seed + sizes.broadcast)
         self.totals = RoundBytes(*(a + b for a, b in zip(self.totals, counted, strict=True)))
         self.participations += members.size
+        self.attended.append(members.size)
         self.times[members] += 1
         self.dense_bytes += 2 * members.size * sizes.params
         return counted

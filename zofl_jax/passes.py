@@ -17,26 +17,25 @@ from collections.abc import Sequence
 from zofl_jax.core import Passes, Phase
 
 
-def total(phases: Sequence[Phase], rounds_done: int, clients_per_round: int) -> Passes:
-    """Returns what all clients have computed after `rounds_done` rounds.
+def total(phases: Sequence[Phase], attended: Sequence[int]) -> Passes:
+    """Returns what all clients have computed in the rounds done.
 
     Args:
       phases: in the order of their first rounds from 0 on.
-      rounds_done: >= 0.
-      clients_per_round: the cohort, all of which is taken to compute.
+      attended: of each round, how many clients were there, see `ledger.Ledger.attended`. They
+        compute whether or not their upload arrives.
 
     >>> from zofl_jax import estimators
     >>> from zofl_jax.algorithms import decomfl
     >>> import optax
     >>> method = decomfl(abs, estimators.central_difference(5, 1e-3), optax.sgd(1.0), local_steps=2)
-    >>> total([Phase(0, method)], 10, clients_per_round=3)
+    >>> total([Phase(0, method)], [3] * 10)
     Passes(forward=600, backward=0)
     """
     forward = backward = 0
-    ends = [*(phase.first_round for phase in phases[1:]), rounds_done]
+    ends = [*(phase.first_round for phase in phases[1:]), len(attended)]
     for phase, end in zip(phases, ends, strict=True):
-        rounds = max(0, min(end, rounds_done) - phase.first_round)
-        spent = phase.algorithm.passes.times(rounds * clients_per_round)
+        spent = phase.algorithm.passes.times(sum(attended[phase.first_round : end]))
         forward, backward = forward + spent.forward, backward + spent.backward
     return Passes(forward, backward)
 

@@ -24,7 +24,7 @@ Ref: Zhang et al., "DPZero", ICML 2024 (arXiv 2310.09639); McMahan et al., ICLR 
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from zofl_jax.core import (
     PRNGKey,
     ServerState,
     Upload,
+    Wire,
 )
 from zofl_jax.estimators import Estimate, Estimator
 
@@ -55,7 +56,8 @@ def client_level(
     is σ²C²·m/M, which `client_epsilon` takes into account.
 
     Args:
-      algorithm: its broadcast must be the uniform mean of floating point uploads.
+      algorithm: its broadcast must be the uniform mean of floating point uploads, and nothing may
+        be made of the noisy uploads but that mean: ε is not that of compressed ones.
       clip: C > 0, the norm of an upload over all its leaves.
       noise_multiplier: σ >= 0.
       clients_per_round: M >= 1.
@@ -89,8 +91,8 @@ def example_level(
 
         example_level(lambda private: decomfl(loss, private(estimator), optimizer), 1.0, 2.0, 32)
 
-    The noise N(0, (σC/B)²) of a step is drawn from the client's own key, and the client goes on
-    with the noisy scalars.
+    The noise N(0, (σC/B)²) is drawn anew in each local step, from the client's own key, and the
+    client goes on with the noisy scalars.
 
     Args:
       make: private -> the algorithm with the estimator `private(estimator)`, which is made
@@ -107,27 +109,33 @@ def example_level(
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     deviation = noise_multiplier * clip / batch_size
 
-    def private(estimator: Estimator, own_key: PRNGKey | None = None) -> Estimator:
+    def private(estimator: Estimator) -> Estimator:
         def measure(
-            loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, batch: Batch
+            loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, step: _Step
         ) -> Estimate:
-            found = _clipped(estimator, clip, loss_fn, key, round_index, params, batch)
-            if own_key is None:
-                return found
-            # Each step has a shared key of its own, and so a noise of its own.
-            noisy = jax.random.fold_in(own_key, jax.random.bits(key))
-            return found._replace(scalars=_with_noise(noisy, found.scalars, deviation))
+            found = _clipped(estimator, clip, loss_fn, key, round_index, params, step.batch)
+            return found._replace(scalars=_with_noise(step.noise, found.scalars, deviation))
 
         return estimator._replace(measure=measure)
+
+    algorithm = make(private)
 
     def client(
         key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
-        computed, noise_key = jax.random.split(own_key)
-        algorithm = make(lambda estimator: private(estimator, noise_key))
-        return algorithm.client(key, state, memory, batches, computed)
+        # Not from the steps' shared keys: FedKSeed may draw one seed, and so one key, twice.
+        computed, noise = jax.random.split(own_key)
+        steps = _Step(batches, jax.random.split(noise, algorithm.local_steps))
+        return algorithm.client(key, state, memory, steps, computed)
 
-    return make(private)._replace(client=client)
+    return algorithm._replace(client=client)
+
+
+class _Step(NamedTuple):
+    """What stands for a batch where examples are private."""
+
+    batch: Batch
+    noise: PRNGKey  # of this local step's noise, the client's own
 
 
 def _clipped(
@@ -239,7 +247,7 @@ def fixed_point(
     half-precision uploads is rounded to them once more.
 
     A server that sees the sum alone can't reject a message or weigh it: absent clients send 0,
-    and how many are there is known.
+    and how many are there is known. A number that is not finite is sent as 0 too.
 
     Args:
       algorithm: its broadcast must be the uniform mean of floating point uploads.
@@ -261,16 +269,23 @@ def fixed_point(
         )
 
     def encoded(u: Array) -> Array:
-        wide = jnp.clip(u.astype(jnp.promote_types(u.dtype, jnp.float32)), -largest, largest)
+        wide = u.astype(jnp.promote_types(u.dtype, jnp.float32))
+        wide = jnp.where(jnp.isfinite(wide), jnp.clip(wide, -largest, largest), 0)
         return jax.lax.bitcast_convert_type(
             jnp.round(wide * 2.0**bits).astype(jnp.int32), jnp.uint32
         )
+
+    def decoded(u: Array) -> Array:
+        return jax.lax.bitcast_convert_type(u, jnp.int32).astype(jnp.float32) / 2.0**bits
 
     def client(
         key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
         result = algorithm.client(key, state, memory, batches, own_key)
         return result._replace(upload=jax.tree.map(encoded, result.upload))
+
+    def written(key: PRNGKey, numbers: Any, upload: Upload) -> Upload:
+        return jax.tree.map(encoded, numbers)
 
     def aggregate(uploads: Upload, weights: Array) -> Broadcast:
         count = jnp.maximum(jnp.sum(weights > 0), 1)
@@ -286,7 +301,8 @@ def fixed_point(
 
         return jax.tree.map(leaf, uploads)
 
-    return algorithm._replace(client=client, aggregate=aggregate)
+    wire = Wire(lambda upload: jax.tree.map(decoded, upload), written)
+    return algorithm._replace(client=client, aggregate=aggregate, wire=wire)
 
 
 def _with_noise(key: PRNGKey, tree: Any, deviation: float) -> Any:

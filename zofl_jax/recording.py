@@ -7,7 +7,7 @@ release of XLA), the rounds after the snapshot are dropped from the log and run 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -137,16 +137,30 @@ def rebuild(
     Raises:
       RunError: if the log doesn't hold that many rounds, or isn't of this simulation.
     """
-    logged = run.log.last_round + 1
-    if not 0 <= rounds_done <= logged:
-        raise RunError(f"round {rounds_done} is not in the log, which holds {logged} rounds")
-    _check_seeds(run, simulator, rounds_done)
+    _check_logged(run, simulator, rounds_done)
     start = simulator.start(None)
     found = run.latest_snapshot((start.state, start.memory), at_most=rounds_done if nearest else 0)
     state = found[1][0] if found else start.state
     state = _replay(run, simulator, state, rounds_done)
     differs = _differs(run, state)
     return state, None if differs is None else not differs
+
+
+def epsilon(run: Run, simulator: Simulator, rounds_done: int) -> float | None:
+    """Returns the ε that the first `rounds_done` rounds of the log have spent, evaluated or not.
+
+    None without differential privacy.
+
+    Raises:
+      RunError: if the log doesn't hold that many rounds, or isn't of this simulation.
+    """
+    if simulator.epsilon is None:
+        return None
+    _check_logged(run, simulator, rounds_done)
+    book = ledger.Ledger(simulator.task.train.num_clients)
+    for _ in _counted(run, simulator, book, rounds_done):
+        pass
+    return simulator.epsilon(book)
 
 
 def _replay(run: Run, simulator: Simulator, state: ServerState, until: int) -> ServerState:
@@ -171,10 +185,39 @@ def _differs(run: Run, state: ServerState) -> bool | None:
 def _recount(run: Run, simulator: Simulator, progress: Progress) -> Progress:
     """Returns progress with the ledger, the history and the losses of the logged rounds."""
     book, history, losses, seconds = progress.ledger, [], [], 0.0
-    metrics = run.log.metrics()
-    done, chunk = run.log.last_round + 1, rounds.CAPACITY
-    for at in range(0, done, chunk):
-        part = run.log.rounds(at, min(at + chunk, done))
+    for row, values in _counted(run, simulator, book, run.log.last_round + 1):
+        losses.append(row.train_loss)
+        seconds = values.get(RUN_SECONDS, seconds)
+        tests = {
+            name.removeprefix(TEST): value
+            for name, value in values.items()
+            if name.startswith(TEST)
+        }
+        if tests:
+            loss = values.get("train_loss", math.nan)
+            totals = book.totals
+            history.append(
+                Record(
+                    row.round + 1,
+                    loss,
+                    tests,
+                    totals.up,
+                    totals.down,
+                    book.rejected,
+                    values.get(EPSILON),
+                )
+            )
+            losses = []
+    return progress._replace(history=history, losses=losses, run_seconds=seconds)
+
+
+def _counted(
+    run: Run, simulator: Simulator, book: ledger.Ledger, until: int
+) -> Iterator[tuple[RoundRow, dict[str, float]]]:
+    """Counts the first `until` logged rounds; yields each with the metrics of the state after."""
+    metrics, chunk = run.log.metrics(), rounds.CAPACITY
+    for at in range(0, until, chunk):
+        part = run.log.rounds(at, min(at + chunk, until))
         indices = np.resize(np.arange(at, at + len(part)), chunk)
         attended = participation.each_round(simulator.attendance(indices))
         for row, attendance in zip(part, attended, strict=False):
@@ -184,29 +227,14 @@ def _recount(run: Run, simulator: Simulator, progress: Progress) -> Progress:
                 simulator.sizes[phase_at(simulator.phases, row.round)],
                 int(values.get(REJECTED, 0)),
             )
-            losses.append(row.train_loss)
-            seconds = values.get(RUN_SECONDS, seconds)
-            tests = {
-                name.removeprefix(TEST): value
-                for name, value in values.items()
-                if name.startswith(TEST)
-            }
-            if tests:
-                loss = values.get("train_loss", math.nan)
-                totals = book.totals
-                history.append(
-                    Record(
-                        row.round + 1,
-                        loss,
-                        tests,
-                        totals.up,
-                        totals.down,
-                        book.rejected,
-                        values.get(EPSILON),
-                    )
-                )
-                losses = []
-    return progress._replace(history=history, losses=losses, run_seconds=seconds)
+            yield row, values
+
+
+def _check_logged(run: Run, simulator: Simulator, rounds_done: int) -> None:
+    logged = run.log.last_round + 1
+    if not 0 <= rounds_done <= logged:
+        raise RunError(f"round {rounds_done} is not in the log, which holds {logged} rounds")
+    _check_seeds(run, simulator, rounds_done)
 
 
 def _check_seeds(run: Run, simulator: Simulator, done: int) -> None:

@@ -13,7 +13,7 @@ every dispatch.
 
 A message with a number that is not finite, or larger than `Conditions.max_message`, is
 rejected: its client counts as absent and nothing else is lost. Where all messages of a round
-are rejected the model itself has diverged. Then, or if the broadcast or the loss is not
+are rejected the model itself has diverged. Then, or if the broadcast or every loss is not
 finite, the round is not applied: the loop ends before it.
 """
 
@@ -75,7 +75,7 @@ class RoundRecord(NamedTuple):
 
     attendance: participation.Attendance
     broadcast: Broadcast
-    loss: Array  # [], the mean training loss of those whose uploads are used
+    loss: Array  # [], the mean training loss, where finite, of those whose uploads are used
     rejected: Array  # int32 [], messages
 
 
@@ -150,7 +150,8 @@ def make_advance(
         uploads = results.upload
         if adversary is not None and adversary.attack is not None:
             key, malicious = keys.round_key(root.adversary, r), adversary.malicious[cohort]
-            uploads = adversary.attack(key, uploads, malicious, attendance.uploaded)
+            attack = attacks.on_wire(adversary.attack, algorithm.wire)
+            uploads = attack(key, uploads, malicious, attendance.uploaded)
         good = attendance.uploaded & _acceptable(uploads, conditions.max_message)
         used = good & attendance.in_time
         weights = jnp.ones(clients_per_round, jnp.float32)
@@ -163,16 +164,18 @@ def make_advance(
             jnp.where(used, weights, 0.0),
             memory.late if stale else None,
         )
-        # With nobody to listen to, the loss is that of the work done in vain.
-        heard = jnp.where(jnp.any(used), used, ~used)
+        # With nobody to listen to, the loss is that of the work done in vain. No loss is sent: one
+        # that is not finite stops nothing while another is.
+        heard = jnp.where(jnp.any(used), used, ~used) & jnp.isfinite(results.stats["loss"])
         losses = jnp.where(heard, results.stats["loss"], 0.0)
         loss = jnp.average(losses, weights=jnp.where(heard, weights, 0.0))
         rejected = attendance.uploaded & ~good
         lost = jnp.any(rejected) & ~jnp.any(good)
         record = RoundRecord(attendance, broadcast, loss, jnp.sum(rejected, dtype=jnp.int32))
         healthy = ~lost & _all_finite((broadcast, loss))
-        # A client whose upload did not count takes back what it did for it.
-        after = _where_rows(used & healthy, results.memory, before)
+        # A client whose upload counts neither now nor later takes back what it did for it.
+        counted = good if stale else used
+        after = _where_rows(counted & healthy, results.memory, before)
         kept = jax.tree.map(
             lambda m, new: m.at[cohort].set(new), memory.clients if stale else memory, after
         )

@@ -132,8 +132,8 @@ class Simulator(NamedTuple):
 
 
 class Diverged(ArithmeticError):  # noqa: N818 (the name says what happened)
-    """A round's loss or broadcast was not finite, or every message of it was rejected; the round
-    was not applied.
+    """A round's broadcast or all its losses were not finite, or every message of it was rejected;
+    the round was not applied.
     """
 
     def __init__(self, round_index: int, loss: float, progress: Progress):
@@ -365,8 +365,7 @@ def run(
       The progress after the last round.
 
     Raises:
-      Diverged: at the first round whose loss or broadcast is not finite; it carries the
-        progress up to there.
+      Diverged: at the first round that can't be applied; it carries the progress up to there.
       ValueError: for arguments out of range.
     """
     if rounds < 1:

@@ -13,9 +13,10 @@ the weight:
 and everyone does the server's step with `late` and the key of round r − 1, if any of it is not
 zero, and then that with `fresh` and the key of round r. F and L are the sums of the weights, s
 is the staleness weight. For a method whose server is linear in the broadcast, such as DeComFL
-with one local step and plain SGD, the two steps are one step along the weighted mean.
+with one local step and plain SGD, the two steps are one step along the weighted mean. Both are
+at the learning rate of round r.
 Everything that enters is in the broadcasts, so they replay as always; a broadcast is twice as
-long.
+long. A client whose upload is late keeps its new memory, such as what a codec left out of it.
 """
 
 from typing import Any, NamedTuple
@@ -54,6 +55,8 @@ def with_late_uploads(
 
     Args:
       algorithm: its broadcast is of floating point numbers, and zero where nothing was uploaded.
+        What its server does with a round's broadcast must not hang on state that has moved on
+        since, as HiSo's directions do, nor on the sum of the uploads, as SCAFFOLD's control does.
       weight: s in (0, 1], of a late upload relative to one in time.
       prng_impl: the generator of the run's shared keys.
 
@@ -91,7 +94,10 @@ def with_late_uploads(
         before = jax.random.wrap_key_data(state.opt_state.words, impl=prng_impl)
 
         def step_back(state: ServerState) -> ServerState:
-            return algorithm.server(before, state, late)._replace(round=state.round)
+            after = algorithm.server(before, state, late)
+            return ServerState(
+                after.params, _schedules_of(state.opt_state, after.opt_state), state.round
+            )
 
         moves = jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(late)]))
         stepped = jax.lax.cond(moves, step_back, lambda state: state, inside(state))
@@ -109,6 +115,15 @@ def with_late_uploads(
     return algorithm._replace(
         init=init, client=client, aggregate=aggregate, server=server, sync=sync
     )
+
+
+def _schedules_of(before: optax.OptState, after: optax.OptState) -> optax.OptState:
+    """Returns `after` with the counts of optax's schedules as before: they count rounds."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return jax.tree.map(lambda b, a: b if is_schedule(b) else a, before, after, is_leaf=is_schedule)
 
 
 def _scaled(broadcast: Broadcast, share: Array) -> Broadcast:

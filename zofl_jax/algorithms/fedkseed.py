@@ -33,6 +33,7 @@ from zofl_jax.core import (
     ServerState,
     Sync,
     Upload,
+    Wire,
 )
 from zofl_jax.estimators import Estimator
 
@@ -155,6 +156,9 @@ def fedkseed(
         pool = SeedPool(accumulators.at[seeds].add(parts), amplitudes, counts)
         return ServerState(params, pool, state.round + 1)
 
+    def written(key: PRNGKey, scalars: Array, upload: Upload) -> Upload:
+        return {**upload, "scalars": scalars}
+
     def restore(state: ServerState, message: SeedPool) -> ServerState:
         def step(params: Params, pair: tuple[Array, Array]) -> tuple[Params, None]:
             return descend(params, *pair), None
@@ -171,6 +175,7 @@ def fedkseed(
         local_steps=local_steps,
         sync=Sync(message=lambda state: state.opt_state, restore=restore, alone=False),
         passes=estimator.passes.times(local_steps),
+        wire=Wire(lambda upload: upload["scalars"], written),
     )
 
 

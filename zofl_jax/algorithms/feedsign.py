@@ -29,6 +29,7 @@ from zofl_jax.core import (
     PRNGKey,
     ServerState,
     Upload,
+    Wire,
 )
 from zofl_jax.estimators import Estimator
 
@@ -86,4 +87,8 @@ def feedsign(
     def _signs(packed: Array) -> Array:
         return 1 - 2 * compression.unpack(packed, 1, count).astype(jnp.float32)
 
-    return Algorithm(inner.init, client, aggregate, server, 1, passes=inner.passes)
+    def written(key: PRNGKey, numbers: Array, upload: Upload) -> Upload:
+        return compression.pack((numbers < 0).astype(jnp.uint8), 1)
+
+    wire = Wire(_signs, written)
+    return Algorithm(inner.init, client, aggregate, server, 1, passes=inner.passes, wire=wire)

@@ -5,8 +5,10 @@ The server keeps c, client i keeps c_i, estimates of ∇f and ∇f_i:
     client i:  y ← y − η (∇f_i(y; ξ_k) − c_i + c)   for K local steps from y = x
                c_i⁺ = c_i − c + (x − y) / (K η)      (option II)
                uploads x − y and c_i⁺ − c_i, twice as many numbers as there are params
-    server:    x ← x − η_g mean(x − y),   c ← c + (|S| / N) mean(c_i⁺ − c_i)
+    server:    x ← x − η_g mean(x − y),   c ← c + (1 / N) Σ (c_i⁺ − c_i)
 
+The sum is over the clients of the cohort S that are heard, whatever they weigh in the mean, so
+that c stays the mean of all c_i. It is broadcast as a share of |S|.
 Ref: arXiv 1910.06378, Algorithm 1.
 """
 
@@ -53,7 +55,8 @@ def scaffold(
       share: |S| / N in (0, 1], the cohort's share of the population.
       local_steps: K >= 1.
       server_rate: η_g > 0.
-      aggregate: (uploads [C, ...], weights [C]) -> broadcast.
+      aggregate: (uploads [C, ...], weights [C]) -> broadcast; in place of Σ (c_i⁺ − c_i) stands
+        what it makes of uniform weights, times the number of clients heard.
       clients_at_once: how many clients of a vmap are trained at once, see `batching.at_once`.
 
     Raises:
@@ -104,6 +107,14 @@ def scaffold(
         upload = {"params": moved, "control": difference(control, memory)}
         return ClientResult(upload, control, {"loss": trained.loss})
 
+    def aggregate_heard(uploads: Upload, weights: Array) -> Broadcast:
+        heard = (weights > 0).astype(jnp.float32)
+        control = aggregate(uploads, heard)["control"]
+        return {
+            "params": aggregate(uploads, weights)["params"],
+            "control": jax.tree.map(lambda d: (jnp.mean(heard) * d).astype(d.dtype), control),
+        }
+
     def server(key: PRNGKey, state: ServerState, broadcast: Broadcast) -> ServerState:
         del key
         params = jax.tree.map(lambda x, m: x - server_rate * m, state.params, broadcast["params"])
@@ -115,7 +126,7 @@ def scaffold(
             params, jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32)
         ),
         client=client,
-        aggregate=aggregate,
+        aggregate=aggregate_heard,
         server=server,
         local_steps=local_steps,
         init_memory=lambda params: jax.tree.map(jnp.zeros_like, params),
