@@ -14,7 +14,7 @@ from absl import flags
 
 from experiments import conditions, schedules
 from zofl_jax import algorithms, compression, estimators, keys, perturbations, scaling
-from zofl_jax.core import Algorithm, LossFn, Phase, Task
+from zofl_jax.core import Algorithm, LossFn, Params, Phase, Task
 from zofl_jax.estimators import Estimator
 from zofl_jax.perturbations import Perturbation
 
@@ -241,7 +241,10 @@ def build_phases(values: Values, task: Task) -> list[Phase]:
     changes = schedules.parse_schedule(values["schedule"])
     smoothing = schedules.piecewise(changes, "smoothing", values["smoothing"])
     root = keys.root(values["seed"], values["prng_impl"])
-    optimizer, perturbation = schedules.make_optimizer(values), _perturbation(values, task, root)
+    optimizer, perturbation = schedules.make_optimizer(values), _perturbation(values)
+    mask = _mask(values, task, root)
+    if mask is not None:
+        optimizer, perturbation = scaling.masked(optimizer, mask), scaling.scaled(perturbation, mask)
     # An array, not a constant of the program: runs at another rate share its compilation.
     rate, pool_key = jnp.asarray(values["learning_rate"]), keys.pool_key(root.shared)
 
@@ -372,22 +375,22 @@ BUILDERS: dict[str, Callable[[Values, Parts], Algorithm]] = {
 }
 
 
-def _perturbation(values: Values, task: Task, root: keys.RootKeys) -> Perturbation:
+def _perturbation(values: Values) -> Perturbation:
     if values["perturbation"] == "low_rank":
-        directions = perturbations.low_rank(values["rank"])
-    else:
-        directions = getattr(perturbations, values["perturbation"])()
+        return perturbations.low_rank(values["rank"])
+    return getattr(perturbations, values["perturbation"])()
+
+
+def _mask(values: Values, task: Task, root: keys.RootKeys) -> Params | None:
     if values["mask"] == "none":
-        return directions
+        return None
     params, density = task.init(root.init), values["mask_density"]
     if values["mask"] == "random":
-        mask = scaling.random_mask(keys.pool_key(root.shared), params, density)
-    elif values["mask"] == "magnitude":
-        mask = scaling.magnitude_mask(params, density)
-    else:
-        batch = jax.tree.map(lambda x: x[:CALIBRATION_EXAMPLES], task.train.examples)
-        mask = scaling.sensitivity_mask(task.loss, params, batch, density)
-    return scaling.scaled(directions, mask)
+        return scaling.random_mask(keys.pool_key(root.shared), params, density)
+    if values["mask"] == "magnitude":
+        return scaling.magnitude_mask(params, density)
+    batch = jax.tree.map(lambda x: x[:CALIBRATION_EXAMPLES], task.train.examples)
+    return scaling.sensitivity_mask(task.loss, params, batch, density)
 
 
 def _estimator(

@@ -76,10 +76,11 @@ def test_compressed_uploads_are_counted_as_they_are_sent(codec, expected):
     assert ledger.tree_bytes(messages.upload) == expected
 
 
+@pytest.mark.parametrize("decay", [[], ["--weight_decay=0.1"]], ids=["plain", "decayed"])
 @pytest.mark.parametrize("mask", ["random", "magnitude", "sensitivity"])
-def test_masks_confine_the_step_to_their_share(mask):
+def test_masks_confine_the_step_to_their_share(mask, decay):
     task = softmax_task()
-    values = resolve(f"--mask={mask}", "--mask_density=0.4", "--local_steps=1")
+    values = resolve(f"--mask={mask}", "--mask_density=0.4", "--local_steps=1", *decay)
     algorithm = methods.build_phases(values, task)[0].algorithm
     state = algorithm.init(task.init(keys.root(0).init))
     after = jax.jit(algorithm.server)(keys.root(0).shared, state, jnp.ones((1, 20)))
