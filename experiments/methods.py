@@ -56,6 +56,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "feedsign_epsilon": ("feedsign",),
     "proximal": ("fedprox",),
     "server_learning_rate": (*ADAPTIVE, "scaffold"),
+    "server_beta1": ADAPTIVE,
+    "server_beta2": ("fedadam", "fedyogi"),
     "tau": ADAPTIVE,
     "shared_directions": ("fedzo",),
     "mask": ZEROTH_ORDER,
@@ -134,6 +136,12 @@ flags.DEFINE_float(
     None,
     "Server's rate; of fedadam and fedyogi 0.01, of fedadagrad 0.1, of scaffold 1 unless given.",
 )
+flags.DEFINE_float(
+    "server_beta1",
+    None,
+    "β₁ of the server's first moment; of fedadam and fedyogi 0.9, of fedadagrad 0 unless given.",
+)
+flags.DEFINE_float("server_beta2", 0.99, "β₂ of the second moment of fedadam and fedyogi.")
 flags.DEFINE_float("tau", 1e-3, "τ of fedadam, fedyogi and fedadagrad.")
 flags.DEFINE_bool(
     "shared_directions", False, "Whether fedzo's clients draw directions from the round's key."
@@ -212,11 +220,14 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
     if values["server_learning_rate"] is None:
         rates = {"fedadagrad": 0.1, "scaffold": 1.0}
         values["server_learning_rate"] = rates.get(name, 0.01)
+    if values["server_beta1"] is None:
+        values["server_beta1"] = 0.0 if name == "fedadagrad" else 0.9
     for flag in ("smoothing", "learning_rate", "server_learning_rate"):
         if values[flag] <= 0:
             raise ValueError(f"--{flag} must be positive, got {values[flag]}")
-    if values["momentum"] == 1.0:
-        raise ValueError("--momentum must be below 1, got 1.0")
+    for flag in ("momentum", "server_beta1", "server_beta2"):
+        if not 0 <= values[flag] < 1:
+            raise ValueError(f"--{flag} must be in [0, 1), got {values[flag]}")
     if name == "mezo" and values["num_clients"] != 1:
         raise ValueError(
             f"--num_clients={values['num_clients']}: mezo has all data in one place; leave it "
@@ -338,10 +349,14 @@ def _fedsgd(values: Values, parts: Parts) -> Algorithm:
 
 
 def _adaptive(values: Values, parts: Parts) -> Algorithm:
-    return getattr(algorithms, values["algorithm"])(
+    name = values["algorithm"]
+    second = {} if name == "fedadagrad" else {"b2": values["server_beta2"]}
+    return getattr(algorithms, name)(
         parts.loss_fn,
         parts.optimizer,
         values["server_learning_rate"],
+        b1=values["server_beta1"],
+        **second,
         tau=values["tau"],
         local_steps=values["local_steps"],
         clients_at_once=values["clients_at_once"] or None,

@@ -76,6 +76,24 @@ def test_compressed_uploads_are_counted_as_they_are_sent(codec, expected):
     assert ledger.tree_bytes(messages.upload) == expected
 
 
+def test_the_decay_of_the_servers_moments():
+    """A step of the server from given moments, by the formulas of FedAdam and FedAdagrad."""
+
+    def moments(*arguments):
+        algorithm, _ = shapes(*arguments)
+        start = algorithm.init(jnp.zeros(1))
+        start = start._replace(opt_state=type(start.opt_state)(jnp.ones(1), jnp.ones(1)))
+        after = algorithm.server(keys.root(0).shared, start, jnp.full(1, 3.0)).opt_state
+        return float(after.first[0]), float(after.second[0])
+
+    betas = ["--server_beta1=0.5", "--server_beta2=0.25"]
+    assert moments("--algorithm=fedadam", *betas) == pytest.approx((2.0, 7.0))
+    assert moments("--algorithm=fedyogi", *betas) == pytest.approx((2.0, 7.75))
+    assert moments("--algorithm=fedadam") == pytest.approx((1.2, 1.08))
+    assert moments("--algorithm=fedadagrad") == pytest.approx((3.0, 10.0))
+    assert moments("--algorithm=fedadagrad", "--server_beta1=0.5") == pytest.approx((2.0, 10.0))
+
+
 @pytest.mark.parametrize("decay", [[], ["--weight_decay=0.1"]], ids=["plain", "decayed"])
 @pytest.mark.parametrize("mask", ["random", "magnitude", "sensitivity"])
 def test_masks_confine_the_step_to_their_share(mask, decay):
@@ -121,6 +139,8 @@ def test_defaults_follow_the_algorithm_unless_they_are_given():
         (["--top_k_fraction=0.1"], "--top_k_fraction has no effect with --compression=none"),
         (["--mask_density=0.1"], "--mask_density has no effect"),
         (["--algorithm=fedadam", "--server_learning_rate=0"], "must be positive, got 0"),
+        (["--algorithm=fedadagrad", "--server_beta2=0.5"], "--server_beta2 has no effect"),
+        (["--algorithm=fedyogi", "--server_beta1=1"], r"--server_beta1 must be in \[0, 1\), got 1"),
         (["--algorithm=fedavg", "--task=rte", "--objective=accuracy"], "has no useful gradient"),
     ],
 )
