@@ -63,7 +63,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "mask": ZEROTH_ORDER,
     "mask_density": ZEROTH_ORDER,
     "schedule": ("decomfl", "hiso", "feedsign", "mezo", "fedsgd"),
-    "compression": tuple(set(ALGORITHMS) - {"feedsign", "fedkseed", "fedkseed_pro"}),
+    "compression": tuple(set(ALGORITHMS) - {"feedsign"}),
 }
 """Flags that only some algorithms read."""
 
@@ -202,10 +202,10 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
                 f"--{flag}={values[flag]} is not possible with --algorithm={name}, where it is "
                 f"always {value}: leave it out"
             )
-    codec = values["compression"]
+    codec, rounding = values["compression"], ("float16", "bfloat16", "int8", "int4", "qsgd")
     for flag, codecs in (
         ("top_k_fraction", ("top_k",)),
-        ("stochastic_rounding", ("float16", "bfloat16", "int8", "int4", "qsgd")),
+        ("stochastic_rounding", rounding),
     ):
         if flag in given and codec not in codecs:
             raise ValueError(
@@ -232,6 +232,11 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
         raise ValueError(
             f"--num_clients={values['num_clients']}: mezo has all data in one place; leave it "
             "out, or choose --algorithm=decomfl"
+        )
+    if name in ("fedkseed", "fedkseed_pro") and values["compression"] in ("top_k", "sign"):
+        raise ValueError(
+            f"--compression={values['compression']} is not possible with --algorithm={name}, all "
+            f"of whose scalars are needed: use {', '.join(rounding)}"
         )
     schedules.parse_schedule(values["schedule"])
 
@@ -311,6 +316,7 @@ def _fedkseed(values: Values, parts: Parts) -> Algorithm:
         pool_size=values["pool_size"],
         local_steps=values["local_steps"],
         pro=values["algorithm"] == "fedkseed_pro",
+        codec=_codec(values),
     )
 
 
@@ -422,10 +428,18 @@ def _estimator(
 
 
 def _compressed(values: Values, algorithm: Algorithm) -> Algorithm:
-    name, stochastic = values["compression"], values["stochastic_rounding"]
-    if name == "none":
+    codec, name = _codec(values), values["algorithm"]
+    if codec is None or name in ("fedkseed", "fedkseed_pro"):  # which write their own scalars
         return algorithm
-    codecs: dict[str, Callable[[], compression.Codec]] = {
+    like_params = name in ("fedzo", *FIRST_ORDER[:-1])
+    feedback = values["compression"] in ("top_k", "sign") and like_params
+    return compression.compressed(algorithm, codec, error_feedback=feedback)
+
+
+def _codec(values: Values) -> compression.Codec | None:
+    stochastic = values["stochastic_rounding"]
+    codecs: dict[str, Callable[[], compression.Codec | None]] = {
+        "none": lambda: None,
         "float16": lambda: compression.floats(jnp.float16, stochastic=stochastic),
         "bfloat16": lambda: compression.floats(jnp.bfloat16, stochastic=stochastic),
         "int8": lambda: compression.integers(8, stochastic=stochastic),
@@ -434,6 +448,4 @@ def _compressed(values: Values, algorithm: Algorithm) -> Algorithm:
         "top_k": lambda: compression.top_k(values["top_k_fraction"]),
         "sign": compression.signs,
     }
-    like_params = values["algorithm"] in ("fedzo", *FIRST_ORDER[:-1])
-    feedback = name in ("top_k", "sign") and like_params
-    return compression.compressed(algorithm, codecs[name](), error_feedback=feedback)
+    return codecs[values["compression"]]()

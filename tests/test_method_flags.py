@@ -76,6 +76,14 @@ def test_compressed_uploads_are_counted_as_they_are_sent(codec, expected):
     assert ledger.tree_bytes(messages.upload) == expected
 
 
+@pytest.mark.parametrize("codec", ["float16", "int8"])
+def test_the_scalars_of_fedkseed_are_compressed_and_their_seeds_are_not(codec):
+    arguments = ["--algorithm=fedkseed", "--local_steps=10", f"--compression={codec}"]
+    _, messages = shapes(*arguments)
+    assert ledger.tree_bytes(messages.upload) == 10 * 2 + {"float16": 20, "int8": 10 + 4}[codec]
+    assert ledger.tree_bytes(messages.broadcast) == 3 * (10 * (2 + 4) + 4)
+
+
 def test_the_decay_of_the_servers_moments():
     """A step of the server from given moments, by the formulas of FedAdam and FedAdagrad."""
 
@@ -132,6 +140,10 @@ def test_defaults_follow_the_algorithm_unless_they_are_given():
         (["--algorithm=fedavg", "--mask=random"], "--mask has no effect"),
         (["--algorithm=fedavg", "--schedule=5:lr=0.5"], "--schedule has no effect"),
         (["--algorithm=feedsign", "--compression=int8"], "--compression has no effect"),
+        (
+            ["--algorithm=fedkseed", "--compression=top_k"],
+            "use float16, bfloat16, int8, int4, qsgd",
+        ),
         (["--algorithm=feedsign", "--local_steps=2"], "where it is always 1: leave it out"),
         (["--algorithm=fedkseed", "--num_perturbations=2"], "always 1"),
         (["--algorithm=scaffold", "--optimizer=adam"], "always sgd"),
