@@ -1,10 +1,11 @@
 """The flags of a federated algorithm, and the algorithm that they describe.
 
-Each algorithm of the library is one function of `BUILDERS`. Flags that only some algorithms
-read are refused where they would have no effect.
+Each algorithm of the library is one function of `BUILDERS`. Flags of this file are refused where
+they would have no effect; in a comparison those of `MAY_BE_SHARED` are let pass, if all methods
+are given them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -64,8 +65,31 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "mask_density": ZEROTH_ORDER,
     "schedule": ("decomfl", "hiso", "feedsign", "mezo", "fedsgd"),
     "compression": tuple(set(ALGORITHMS) - {"feedsign"}),
+    "estimator": ZEROTH_ORDER,
+    "perturbation": ZEROTH_ORDER,
+    "rank": ZEROTH_ORDER,
+    "num_perturbations": ZEROTH_ORDER,
+    "smoothing": ZEROTH_ORDER,
+    "perturbations_at_once": ZEROTH_ORDER,
 }
 """Flags that only some algorithms read."""
+
+READ_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "top_k_fraction": ("compression", ("top_k",)),
+    "stochastic_rounding": ("compression", ("float16", "bfloat16", "int8", "int4", "qsgd")),
+    "mask_density": ("mask", ("random", "magnitude", "sensitivity")),
+    "rank": ("perturbation", ("low_rank",)),
+    "smoothing": ("estimator", ("forward", "central")),
+    "perturbations_at_once": ("estimator", ("forward", "central")),
+    "momentum": ("optimizer", ("sgd",)),
+}
+"""Flags that are read with some values of another one alone."""
+
+MAY_BE_SHARED = (
+    *("estimator", "perturbation", "rank", "num_perturbations", "smoothing"),
+    *("perturbations_at_once", "momentum"),
+)
+"""Flags that a comparison may give to all methods, though some don't read them."""
 
 flags.DEFINE_enum("algorithm", "decomfl", ALGORITHMS, "Federated algorithm.")
 flags.DEFINE_enum(
@@ -183,15 +207,21 @@ class Parts(NamedTuple):
     pool_key: jax.Array
 
 
-def fill_in(values: dict[str, Any], given: set[str]) -> None:
-    """Fills in the defaults of the algorithm; `given` are the flags that the user gave.
+def fill_in(values: dict[str, Any], given: set[str], shared: Collection[str] = ()) -> None:
+    """Fills in the defaults of the algorithm.
+
+    Args:
+      values: of all flags.
+      given: those that the user gave.
+      shared: those among them that the methods of a comparison were given together.
 
     Raises:
       ValueError: for flags out of range, or without effect on this algorithm.
     """
     name = values["algorithm"]
+    checked = given - (set(shared) & set(MAY_BE_SHARED))
     for flag, readers in READ_BY.items():
-        if flag in given and name not in readers:
+        if flag in checked and name not in readers:
             raise ValueError(
                 f"--{flag} has no effect with --algorithm={name}: leave it out, or choose "
                 f"{' or '.join(a for a in ALGORITHMS if a in readers)}"
@@ -202,18 +232,12 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
                 f"--{flag}={values[flag]} is not possible with --algorithm={name}, where it is "
                 f"always {value}: leave it out"
             )
-    codec, rounding = values["compression"], ("float16", "bfloat16", "int8", "int4", "qsgd")
-    for flag, codecs in (
-        ("top_k_fraction", ("top_k",)),
-        ("stochastic_rounding", rounding),
-    ):
-        if flag in given and codec not in codecs:
+    for flag, (other, readers) in READ_WITH.items():
+        if flag in checked and values[other] not in readers:
             raise ValueError(
-                f"--{flag} has no effect with --compression={codec}: leave it out, or choose "
-                f"{' or '.join(codecs)}"
+                f"--{flag} has no effect with --{other}={values[other]}: leave it out, or choose "
+                f"{' or '.join(readers)}"
             )
-    if "mask_density" in given and values["mask"] == "none":
-        raise ValueError("--mask_density has no effect with --mask=none: leave it out")
     for flag, value in {**DEFAULTS.get(name, {}), **FIXED.get(name, {})}.items():
         if flag not in given:
             values[flag] = value
@@ -233,10 +257,15 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
             f"--num_clients={values['num_clients']}: mezo has all data in one place; leave it "
             "out, or choose --algorithm=decomfl"
         )
+    if name == "mezo" and values["partition"] == "natural":
+        raise ValueError(
+            "--partition=natural: mezo has all data in one place; leave it out, or choose "
+            "--algorithm=decomfl"
+        )
     if name in ("fedkseed", "fedkseed_pro") and values["compression"] in ("top_k", "sign"):
         raise ValueError(
             f"--compression={values['compression']} is not possible with --algorithm={name}, all "
-            f"of whose scalars are needed: use {', '.join(rounding)}"
+            f"of whose scalars are needed: use {', '.join(READ_WITH['stochastic_rounding'][1])}"
         )
     schedules.parse_schedule(values["schedule"])
 
@@ -260,7 +289,10 @@ def build_phases(values: Values, task: Task) -> list[Phase]:
     optimizer, perturbation = schedules.make_optimizer(values), _perturbation(values)
     mask = _mask(values, task, root)
     if mask is not None:
-        optimizer, perturbation = scaling.masked(optimizer, mask), scaling.scaled(perturbation, mask)
+        optimizer, perturbation = (
+            scaling.masked(optimizer, mask),
+            scaling.scaled(perturbation, mask),
+        )
     # An array, not a constant of the program: runs at another rate share its compilation.
     rate, pool_key = jnp.asarray(values["learning_rate"]), keys.pool_key(root.shared)
 

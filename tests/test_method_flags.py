@@ -54,7 +54,8 @@ def test_every_algorithm_is_built_from_its_name(name):
 def test_every_algorithm_has_a_builder():
     assert set(methods.BUILDERS) == set(methods.ALGORITHMS)
     assert set(methods.DEFAULTS) | set(methods.FIXED) <= set(methods.ALGORITHMS)
-    assert set(methods.READ_BY) <= set(methods.NAMES)
+    assert set(methods.READ_BY) | set(methods.READ_WITH) <= set(config.NAMES)
+    assert set(methods.MAY_BE_SHARED) <= set(methods.READ_BY) | set(methods.READ_WITH)
 
 
 @pytest.mark.parametrize(
@@ -148,11 +149,18 @@ def test_defaults_follow_the_algorithm_unless_they_are_given():
         (["--algorithm=fedkseed", "--num_perturbations=2"], "always 1"),
         (["--algorithm=scaffold", "--optimizer=adam"], "always sgd"),
         (["--algorithm=mezo", "--num_clients=2"], "--num_clients=2: mezo has all data in one"),
+        (["--algorithm=mezo", "--partition=natural"], "natural: mezo has all data in one place"),
+        (["--algorithm=fedavg", "--num_perturbations=3"], "--num_perturbations has no effect"),
+        (["--algorithm=fedavg", "--estimator=jvp"], "--estimator has no effect with --algorithm"),
+        (["--rank=4"], "--rank has no effect with --perturbation=gaussian: .* choose low_rank"),
+        (["--estimator=projection", "--smoothing=0.1"], "--smoothing has no effect with --estim"),
+        (["--estimator=jvp", "--perturbations_at_once=2"], "choose forward or central"),
+        (["--optimizer=adam", "--momentum=0.5"], "--momentum has no effect with --optimizer=adam"),
+        (["--algorithm=fedadagrad", "--server_beta2=0.5"], "--server_beta2 has no effect"),
+        (["--algorithm=fedyogi", "--server_beta1=1"], r"--server_beta1 must be in \[0, 1\), got 1"),
         (["--top_k_fraction=0.1"], "--top_k_fraction has no effect with --compression=none"),
         (["--mask_density=0.1"], "--mask_density has no effect"),
         (["--algorithm=fedadam", "--server_learning_rate=0"], "must be positive, got 0"),
-        (["--algorithm=fedadagrad", "--server_beta2=0.5"], "--server_beta2 has no effect"),
-        (["--algorithm=fedyogi", "--server_beta1=1"], r"--server_beta1 must be in \[0, 1\), got 1"),
         (["--algorithm=fedavg", "--task=rte", "--objective=accuracy"], "has no useful gradient"),
     ],
 )
