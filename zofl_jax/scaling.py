@@ -43,9 +43,7 @@ def scaled(perturbation: Perturbation, factors: Params) -> Perturbation:
     return Perturbation(sample, add, accumulate)
 
 
-def masked(
-    optimizer: optax.GradientTransformation, mask: Params
-) -> optax.GradientTransformation:
+def masked(optimizer: optax.GradientTransformation, mask: Params) -> optax.GradientTransformation:
     """Returns the optimiser that moves the params of a mask alone, a tree of booleans.
 
     Directions of zero don't hold the others still: weight decay would shrink them.
