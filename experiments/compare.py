@@ -174,7 +174,8 @@ def parse_methods(lines: Sequence[str]) -> list[Method]:
                 raise entry.UserError(
                     f"--method={line!r}: {what} is no flag of a single method; give it outside"
                 )
-            methods.append(Method(name, config.resolve()))
+            shared = [flag for flag in FLAGS if before[flag] and flag not in given]
+            methods.append(Method(name, config.resolve(shared)))
     names = [method.folder for method in methods]
     for name in names:
         if names.count(name) > 1:

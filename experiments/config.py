@@ -8,7 +8,7 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -145,8 +145,11 @@ def _as_user_errors() -> Iterator[None]:
 
 
 @_as_user_errors()
-def resolve() -> dict[str, Any]:
+def resolve(shared: Collection[str] = ()) -> dict[str, Any]:
     """Returns the flags of this process as a flat dict, defaults filled in.
+
+    Args:
+      shared: flags that the methods of a comparison were given together.
 
     Raises:
       UserError: for values that no single flag's check can find.
@@ -159,7 +162,7 @@ def resolve() -> dict[str, Any]:
     if values["dirichlet_alpha"] <= 0:
         raise ValueError(f"--dirichlet_alpha must be positive, got {values['dirichlet_alpha']}")
     given = {name for name in NAMES if not FLAGS[name].using_default_value}
-    methods.fill_in(values, given)
+    methods.fill_in(values, given, shared)
     task = values["task"]
     if task == "quadratic":
         if values["model"] is not None:

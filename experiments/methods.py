@@ -1,10 +1,11 @@
 """The flags of a federated algorithm, and the algorithm that they describe.
 
-Each algorithm of the library is one function of `BUILDERS`. Flags that only some algorithms
-read are refused where they would have no effect.
+Each algorithm of the library is one function of `BUILDERS`. Flags of this file are refused where
+they would have no effect; in a comparison those of `MAY_BE_SHARED` are let pass, if all methods
+are given them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from absl import flags
 
 from experiments import conditions, schedules
 from zofl_jax import algorithms, compression, estimators, keys, perturbations, scaling
-from zofl_jax.core import Algorithm, LossFn, Phase, Task
+from zofl_jax.core import Algorithm, LossFn, Params, Phase, Task
 from zofl_jax.estimators import Estimator
 from zofl_jax.perturbations import Perturbation
 
@@ -56,14 +57,39 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "feedsign_epsilon": ("feedsign",),
     "proximal": ("fedprox",),
     "server_learning_rate": (*ADAPTIVE, "scaffold"),
+    "server_beta1": ADAPTIVE,
+    "server_beta2": ("fedadam", "fedyogi"),
     "tau": ADAPTIVE,
     "shared_directions": ("fedzo",),
     "mask": ZEROTH_ORDER,
     "mask_density": ZEROTH_ORDER,
     "schedule": ("decomfl", "hiso", "feedsign", "mezo", "fedsgd"),
-    "compression": tuple(set(ALGORITHMS) - {"feedsign", "fedkseed", "fedkseed_pro"}),
+    "compression": tuple(set(ALGORITHMS) - {"feedsign"}),
+    "estimator": ZEROTH_ORDER,
+    "perturbation": ZEROTH_ORDER,
+    "rank": ZEROTH_ORDER,
+    "num_perturbations": ZEROTH_ORDER,
+    "smoothing": ZEROTH_ORDER,
+    "perturbations_at_once": ZEROTH_ORDER,
 }
 """Flags that only some algorithms read."""
+
+READ_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "top_k_fraction": ("compression", ("top_k",)),
+    "stochastic_rounding": ("compression", ("float16", "bfloat16", "int8", "int4", "qsgd")),
+    "mask_density": ("mask", ("random", "magnitude", "sensitivity")),
+    "rank": ("perturbation", ("low_rank",)),
+    "smoothing": ("estimator", ("forward", "central")),
+    "perturbations_at_once": ("estimator", ("forward", "central")),
+    "momentum": ("optimizer", ("sgd",)),
+}
+"""Flags that are read with some values of another one alone."""
+
+MAY_BE_SHARED = (
+    *("estimator", "perturbation", "rank", "num_perturbations", "smoothing"),
+    *("perturbations_at_once", "momentum"),
+)
+"""Flags that a comparison may give to all methods, though some don't read them."""
 
 flags.DEFINE_enum("algorithm", "decomfl", ALGORITHMS, "Federated algorithm.")
 flags.DEFINE_enum(
@@ -134,6 +160,12 @@ flags.DEFINE_float(
     None,
     "Server's rate; of fedadam and fedyogi 0.01, of fedadagrad 0.1, of scaffold 1 unless given.",
 )
+flags.DEFINE_float(
+    "server_beta1",
+    None,
+    "β₁ of the server's first moment; of fedadam and fedyogi 0.9, of fedadagrad 0 unless given.",
+)
+flags.DEFINE_float("server_beta2", 0.99, "β₂ of the second moment of fedadam and fedyogi.")
 flags.DEFINE_float("tau", 1e-3, "τ of fedadam, fedyogi and fedadagrad.")
 flags.DEFINE_bool(
     "shared_directions", False, "Whether fedzo's clients draw directions from the round's key."
@@ -175,15 +207,21 @@ class Parts(NamedTuple):
     pool_key: jax.Array
 
 
-def fill_in(values: dict[str, Any], given: set[str]) -> None:
-    """Fills in the defaults of the algorithm; `given` are the flags that the user gave.
+def fill_in(values: dict[str, Any], given: set[str], shared: Collection[str] = ()) -> None:
+    """Fills in the defaults of the algorithm.
+
+    Args:
+      values: of all flags.
+      given: those that the user gave.
+      shared: those among them that the methods of a comparison were given together.
 
     Raises:
       ValueError: for flags out of range, or without effect on this algorithm.
     """
     name = values["algorithm"]
+    checked = given - (set(shared) & set(MAY_BE_SHARED))
     for flag, readers in READ_BY.items():
-        if flag in given and name not in readers:
+        if flag in checked and name not in readers:
             raise ValueError(
                 f"--{flag} has no effect with --algorithm={name}: leave it out, or choose "
                 f"{' or '.join(a for a in ALGORITHMS if a in readers)}"
@@ -194,33 +232,40 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
                 f"--{flag}={values[flag]} is not possible with --algorithm={name}, where it is "
                 f"always {value}: leave it out"
             )
-    codec = values["compression"]
-    for flag, codecs in (
-        ("top_k_fraction", ("top_k",)),
-        ("stochastic_rounding", ("float16", "bfloat16", "int8", "int4", "qsgd")),
-    ):
-        if flag in given and codec not in codecs:
+    for flag, (other, readers) in READ_WITH.items():
+        if flag in checked and values[other] not in readers:
             raise ValueError(
-                f"--{flag} has no effect with --compression={codec}: leave it out, or choose "
-                f"{' or '.join(codecs)}"
+                f"--{flag} has no effect with --{other}={values[other]}: leave it out, or choose "
+                f"{' or '.join(readers)}"
             )
-    if "mask_density" in given and values["mask"] == "none":
-        raise ValueError("--mask_density has no effect with --mask=none: leave it out")
     for flag, value in {**DEFAULTS.get(name, {}), **FIXED.get(name, {})}.items():
         if flag not in given:
             values[flag] = value
     if values["server_learning_rate"] is None:
         rates = {"fedadagrad": 0.1, "scaffold": 1.0}
         values["server_learning_rate"] = rates.get(name, 0.01)
+    if values["server_beta1"] is None:
+        values["server_beta1"] = 0.0 if name == "fedadagrad" else 0.9
     for flag in ("smoothing", "learning_rate", "server_learning_rate"):
         if values[flag] <= 0:
             raise ValueError(f"--{flag} must be positive, got {values[flag]}")
-    if values["momentum"] == 1.0:
-        raise ValueError("--momentum must be below 1, got 1.0")
+    for flag in ("momentum", "server_beta1", "server_beta2"):
+        if not 0 <= values[flag] < 1:
+            raise ValueError(f"--{flag} must be in [0, 1), got {values[flag]}")
     if name == "mezo" and values["num_clients"] != 1:
         raise ValueError(
             f"--num_clients={values['num_clients']}: mezo has all data in one place; leave it "
             "out, or choose --algorithm=decomfl"
+        )
+    if name == "mezo" and values["partition"] == "natural":
+        raise ValueError(
+            "--partition=natural: mezo has all data in one place; leave it out, or choose "
+            "--algorithm=decomfl"
+        )
+    if name in ("fedkseed", "fedkseed_pro") and values["compression"] in ("top_k", "sign"):
+        raise ValueError(
+            f"--compression={values['compression']} is not possible with --algorithm={name}, all "
+            f"of whose scalars are needed: use {', '.join(READ_WITH['stochastic_rounding'][1])}"
         )
     schedules.parse_schedule(values["schedule"])
 
@@ -241,7 +286,13 @@ def build_phases(values: Values, task: Task) -> list[Phase]:
     changes = schedules.parse_schedule(values["schedule"])
     smoothing = schedules.piecewise(changes, "smoothing", values["smoothing"])
     root = keys.root(values["seed"], values["prng_impl"])
-    optimizer, perturbation = schedules.make_optimizer(values), _perturbation(values, task, root)
+    optimizer, perturbation = schedules.make_optimizer(values), _perturbation(values)
+    mask = _mask(values, task, root)
+    if mask is not None:
+        optimizer, perturbation = (
+            scaling.masked(optimizer, mask),
+            scaling.scaled(perturbation, mask),
+        )
     # An array, not a constant of the program: runs at another rate share its compilation.
     rate, pool_key = jnp.asarray(values["learning_rate"]), keys.pool_key(root.shared)
 
@@ -297,6 +348,7 @@ def _fedkseed(values: Values, parts: Parts) -> Algorithm:
         pool_size=values["pool_size"],
         local_steps=values["local_steps"],
         pro=values["algorithm"] == "fedkseed_pro",
+        codec=_codec(values),
     )
 
 
@@ -335,10 +387,14 @@ def _fedsgd(values: Values, parts: Parts) -> Algorithm:
 
 
 def _adaptive(values: Values, parts: Parts) -> Algorithm:
-    return getattr(algorithms, values["algorithm"])(
+    name = values["algorithm"]
+    second = {} if name == "fedadagrad" else {"b2": values["server_beta2"]}
+    return getattr(algorithms, name)(
         parts.loss_fn,
         parts.optimizer,
         values["server_learning_rate"],
+        b1=values["server_beta1"],
+        **second,
         tau=values["tau"],
         local_steps=values["local_steps"],
         clients_at_once=values["clients_at_once"] or None,
@@ -373,22 +429,22 @@ BUILDERS: dict[str, Callable[[Values, Parts], Algorithm]] = {
 }
 
 
-def _perturbation(values: Values, task: Task, root: keys.RootKeys) -> Perturbation:
+def _perturbation(values: Values) -> Perturbation:
     if values["perturbation"] == "low_rank":
-        directions = perturbations.low_rank(values["rank"])
-    else:
-        directions = getattr(perturbations, values["perturbation"])()
+        return perturbations.low_rank(values["rank"])
+    return getattr(perturbations, values["perturbation"])()
+
+
+def _mask(values: Values, task: Task, root: keys.RootKeys) -> Params | None:
     if values["mask"] == "none":
-        return directions
+        return None
     params, density = task.init(root.init), values["mask_density"]
     if values["mask"] == "random":
-        mask = scaling.random_mask(keys.pool_key(root.shared), params, density)
-    elif values["mask"] == "magnitude":
-        mask = scaling.magnitude_mask(params, density)
-    else:
-        batch = jax.tree.map(lambda x: x[:CALIBRATION_EXAMPLES], task.train.examples)
-        mask = scaling.sensitivity_mask(task.loss, params, batch, density)
-    return scaling.scaled(directions, mask)
+        return scaling.random_mask(keys.pool_key(root.shared), params, density)
+    if values["mask"] == "magnitude":
+        return scaling.magnitude_mask(params, density)
+    batch = jax.tree.map(lambda x: x[:CALIBRATION_EXAMPLES], task.train.examples)
+    return scaling.sensitivity_mask(task.loss, params, batch, density)
 
 
 def _estimator(
@@ -405,10 +461,18 @@ def _estimator(
 
 
 def _compressed(values: Values, algorithm: Algorithm) -> Algorithm:
-    name, stochastic = values["compression"], values["stochastic_rounding"]
-    if name == "none":
+    codec, name = _codec(values), values["algorithm"]
+    if codec is None or name in ("fedkseed", "fedkseed_pro"):  # which write their own scalars
         return algorithm
-    codecs: dict[str, Callable[[], compression.Codec]] = {
+    like_params = name in ("fedzo", *FIRST_ORDER[:-1])
+    feedback = values["compression"] in ("top_k", "sign") and like_params
+    return compression.compressed(algorithm, codec, error_feedback=feedback)
+
+
+def _codec(values: Values) -> compression.Codec | None:
+    stochastic = values["stochastic_rounding"]
+    codecs: dict[str, Callable[[], compression.Codec | None]] = {
+        "none": lambda: None,
         "float16": lambda: compression.floats(jnp.float16, stochastic=stochastic),
         "bfloat16": lambda: compression.floats(jnp.bfloat16, stochastic=stochastic),
         "int8": lambda: compression.integers(8, stochastic=stochastic),
@@ -417,6 +481,4 @@ def _compressed(values: Values, algorithm: Algorithm) -> Algorithm:
         "top_k": lambda: compression.top_k(values["top_k_fraction"]),
         "sign": compression.signs,
     }
-    like_params = values["algorithm"] in ("fedzo", *FIRST_ORDER[:-1])
-    feedback = name in ("top_k", "sign") and like_params
-    return compression.compressed(algorithm, codecs[name](), error_feedback=feedback)
+    return codecs[values["compression"]]()

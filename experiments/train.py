@@ -303,9 +303,9 @@ def _diagnose(
         if done % every or done in logged:
             return
         phase = simulation.phase_at(simulator.phases, done)
-        params = jax.tree.map(np.asarray, progress.state.params)
+        state = jax.tree.map(np.asarray, progress.state)
         # The same probes each time, so that only the run makes a difference.
-        found = phase_diagnose(phase)(params, simulator.root.init)
+        found = phase_diagnose(phase)(state, simulator.root.init)
         recording.write_diagnosis(run, done, found)
 
     return diagnose

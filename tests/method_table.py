@@ -1,9 +1,11 @@
 """Every method of the library, one row each: what `test_contract.py` runs.
 
-A new method is one more row: how it is made for a loss and a step size, and the step sizes
-with which it descends on the digits and on a quadratic.
+A new method is one more row of `METHODS`: how it is made for a loss and a step size, and the step
+sizes with which it descends on the digits and on a quadratic. What differs from such a row in a
+part alone (directions, mask, estimator, rule) is a row of `VARIANTS`, tried on a quadratic.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,42 +29,55 @@ from zofl_jax.algorithms import (
     scaffold,
 )
 from zofl_jax.compression import compressed, floats, integers, signs, top_k
-from zofl_jax.core import Algorithm, LossFn
+from zofl_jax.core import Algorithm, Batch, LossFn, Params, Task
 
 
 class Method(NamedTuple):
     """One row.
 
     Attributes:
-      make: (loss_fn, step size) -> the algorithm.
-      digits: its step size for softmax regression on the digits.
+      make: (loss_fn, step size) -> the algorithm; of masked methods (loss_fn, step size, mask).
       quadratic: its step size on a quadratic of 20 dimensions.
+      digits: its step size for softmax regression on the digits; variants have none.
       rounds: in which it takes a good part of the way on both.
       clients: (population, cohort).
+      mask: (loss_fn, initial params, batch) -> a mask, of masked methods.
     """
 
-    make: Callable[[LossFn, float], Algorithm]
-    digits: float
+    make: Callable[..., Algorithm]
     quadratic: float
+    digits: float = math.nan
     rounds: int = 40
     clients: tuple[int, int] = (8, 3)
+    mask: Callable[[LossFn, Params, Batch], Params] | None = None
+
+    def on(self, task: Task, rate: float) -> Algorithm:
+        """Returns the algorithm for a task, its mask from the initial params and 64 examples."""
+        if self.mask is None:
+            return self.make(task.loss, rate)
+        params = task.init(jax.random.key(0))
+        batch = jax.tree.map(lambda x: jnp.asarray(x[:64]), task.train.examples)
+        return self.make(task.loss, rate, self.mask(task.loss, params, batch))
 
 
 def _central(num_perturbations: int = 10, perturbation=None) -> estimators.Estimator:
     return estimators.central_difference(num_perturbations, 1e-3, perturbation)
 
 
-def _masked() -> perturbations.Perturbation:
-    """Gaussian directions in which a random half of the params takes part."""
+def _masked(loss: LossFn, rate: float, mask: Params) -> Algorithm:
+    directions = scaling.scaled(perturbations.gaussian(), mask)
+    return decomfl(loss, _central(perturbation=directions), scaling.masked(optax.sgd(rate), mask))
 
-    def of(params):
-        mask = scaling.random_mask(jax.random.key(5), params, 0.5)
-        return scaling.scaled(perturbations.gaussian(), mask)
 
-    return perturbations.Perturbation(
-        lambda key, params: of(params).sample(key, params),
-        lambda params, z, scale: of(params).add(params, z, scale),
-        lambda keys, params, scalars: of(params).accumulate(keys, params, scalars),
+def _random_half(loss: LossFn, params: Params, batch: Batch) -> Params:
+    return scaling.random_mask(jax.random.key(5), params, 0.5)
+
+
+def _robust(rule: aggregation.Rule, quadratic: float = 0.1) -> Method:
+    return Method(
+        lambda loss, rate: decomfl(loss, _central(), optax.sgd(rate), aggregate=rule),
+        quadratic=quadratic,
+        clients=(8, 6),
     )
 
 
@@ -136,10 +151,7 @@ SCALAR = {
         clients=(1, 1),
     ),
     "decomfl, random mask": Method(
-        lambda loss, rate: decomfl(loss, _central(perturbation=_masked()), optax.sgd(rate)),
-        digits=0.1,
-        quadratic=0.2,
-        rounds=60,
+        _masked, digits=0.1, quadratic=0.2, rounds=60, mask=_random_half
     ),
     "decomfl in float16": Method(
         lambda loss, rate: compressed(
@@ -245,3 +257,57 @@ DENSE = {
     ),
 }
 METHODS = SCALAR | DENSE
+
+VARIANTS = {
+    "magnitude mask": Method(
+        _masked,
+        quadratic=0.2,
+        rounds=60,
+        mask=lambda loss, params, batch: scaling.magnitude_mask(params, 0.5),
+    ),
+    "sensitivity mask": Method(
+        _masked,
+        quadratic=0.2,
+        rounds=60,
+        mask=lambda loss, params, batch: scaling.sensitivity_mask(loss, params, batch, 0.5),
+    ),
+    "forward gradients": Method(
+        lambda loss, rate: decomfl(loss, estimators.forward_gradient(10), optax.sgd(rate)),
+        quadratic=0.1,
+    ),
+    "low-rank directions, local steps and momentum": Method(
+        lambda loss, rate: decomfl(
+            loss,
+            _central(perturbation=perturbations.low_rank(2)),
+            optax.sgd(rate, momentum=0.5),
+            local_steps=2,
+        ),
+        quadratic=0.03,
+    ),
+    "hiso, low-rank directions and local steps": Method(
+        lambda loss, rate: _hiso(loss, rate, perturbation=perturbations.low_rank(), local_steps=2),
+        quadratic=0.03,
+    ),
+    "hiso, the first local step's curvature": Method(
+        lambda loss, rate: _hiso(loss, rate, local_steps=2, learn_from="first"), quadratic=0.03
+    ),
+    "hiso, all local steps' curvature": Method(
+        lambda loss, rate: _hiso(loss, rate, local_steps=2, learn_from="all"), quadratic=0.03
+    ),
+    "fedkseed in int8": Method(
+        lambda loss, rate: _fedkseed(loss, rate, local_steps=10, codec=integers(8)), quadratic=0.02
+    ),
+    "fedzo, shared directions": Method(
+        lambda loss, rate: fedzo(
+            loss, _central(), optax.sgd(rate), local_steps=2, shared_directions=True
+        ),
+        quadratic=0.1,
+    ),
+    "trimmed mean": _robust(aggregation.trimmed_mean(0.2)),
+    "Krum": _robust(aggregation.krum(1)),
+    "multi-Krum": _robust(aggregation.multi_krum(1, 3)),
+    "geometric median": _robust(aggregation.geometric_median()),
+    "clipped mean": _robust(aggregation.clipped_mean(5.0)),
+    "majority sign": _robust(aggregation.majority_sign(0.5)),
+}
+"""Rows of `decomfl` unless they name another method."""

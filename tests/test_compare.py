@@ -227,6 +227,18 @@ def test_methods_have_flags_of_their_own_and_share_the_rest():
     assert (few.values["num_perturbations"], few.values["momentum"]) == (3, 0.5)
 
 
+def test_what_all_methods_are_given_may_be_without_effect_on_some(tmp_path):
+    """But not what a method is given on its own."""
+    flags = ["--num_perturbations=4", "--smoothing=0.1", "--method=decomfl", "--method=fedavg"]
+    flags += ["--method=projection --algorithm=decomfl --estimator=projection"]
+    (tmp_path / "some.flags").write_text("\n".join(flags))
+    found = parsed(flagfile=tmp_path / "some.flags")
+    assert {method.values["num_perturbations"] for method in found} == {4}
+    for line in ("fedavg --smoothing=0.1", "decomfl --estimator=projection --smoothing=0.1"):
+        with pytest.raises(UserError, match="--smoothing has no effect"):
+            parsed(line)
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

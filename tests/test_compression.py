@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from zofl_jax import compression, rounds
+from zofl_jax import compression, keys, rounds
+from zofl_jax.algorithms import fedsgd
 from zofl_jax.compression import floats, integers, signs, top_k
 
 KEY = jax.random.key(0)
@@ -128,3 +130,18 @@ def test_the_server_rejects_what_is_out_of_range_in_any_code(codec):
 def test_arguments_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_codec_and_the_algorithm_draw_from_different_keys():
+    """A client's local steps draw from the keys `step_key(own_key, k)`."""
+    seen = []
+
+    def encode(key, numbers):
+        seen.append(jax.random.key_data(key))
+        return numbers
+
+    inner = fedsgd(lambda x, batch: jnp.sum(x), optax.sgd(0.1))
+    algorithm = compression.compressed(inner, compression.Codec(encode, lambda sent, n: sent))
+    algorithm.client(KEY, algorithm.init(jnp.zeros(2)), (), jnp.ones((1, 1)), KEY)
+    steps = [jax.random.key_data(keys.step_key(KEY, k)) for k in range(8)]
+    assert all((words != seen[0]).any() for words in [jax.random.key_data(KEY), *steps])

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from zofl_jax import diagnostics, estimators, perturbations
-from zofl_jax.algorithms import decomfl
+from zofl_jax.algorithms import decomfl, hiso
 from zofl_jax.tasks.quadratic import decay_rate, quadratic
 
 DIM, RANK = 40, 6.0
@@ -75,9 +75,9 @@ def test_the_top_eigenvalue_where_a_negative_one_is_larger():
     assert found == pytest.approx(2.0, rel=1e-4)
 
 
-def worth(algorithm, count=2000):
+def worth(algorithm, count=2000, state=None):
     keys = jax.random.split(jax.random.key(3), count)
-    update = diagnostics.update_of(algorithm, PARAMS, BATCH)
+    update = diagnostics.update_of(algorithm, state or algorithm.init(PARAMS), BATCH)
     return jax.jit(lambda: diagnostics.updates(update, TASK.loss, PARAMS, BATCH, keys))()
 
 
@@ -96,6 +96,30 @@ def test_updates_along_gaussian_directions(P):
     assert found.stability == pytest.approx(expected, rel=5 * (4 / (2000 * P)) ** 0.5)
 
 
+def test_updates_are_those_of_the_present_state(quick_compile):
+    """A rate that follows the rounds, a curvature and moments come from the state."""
+
+    def of_start_and_state(algorithm, **changed):
+        start = algorithm.init(PARAMS)
+        state = start._replace(opt_state=optax.tree_utils.tree_set(start.opt_state, **changed))
+        return [float(worth(algorithm, 4, s).stability) for s in (start, state)]
+
+    def everywhere(value):
+        return {"x": jnp.full(DIM, value)}
+
+    halved = descent(rate=lambda count: ETA / (1 + (count >= 7)))
+    start, later = of_start_and_state(halved, count=jnp.asarray(7))
+    assert later == pytest.approx(start / 2, rel=1e-4)
+
+    learnt = hiso(TASK.loss, lambda z: estimators.projection(4, z), optax.sgd(ETA))
+    start, curved = of_start_and_state(learnt, curvature=everywhere(4.0))
+    assert curved == pytest.approx(start / 4, rel=1e-4)
+
+    adam = decomfl(TASK.loss, estimators.projection(4), optax.adam(ETA))
+    start, still = of_start_and_state(adam, nu=everywhere(1e6), count=jnp.asarray(50))
+    assert 0 < still < 0.01 * start
+
+
 def test_updates_along_the_gradient_have_no_noise():
     def update(key):
         return jax.tree.map(lambda g: -ETA * g, QUADRATIC.gradient(PARAMS, BATCH))
@@ -110,7 +134,7 @@ def test_the_loss_falls_on_average_where_stability_is_below_one(factor, falls):
     rate = factor * ETA / float(worth(descent(1)).stability)
     algorithm = descent(1, rate=rate)
     keys = jax.random.split(jax.random.key(5), 4000)
-    update = diagnostics.update_of(algorithm, PARAMS, BATCH)
+    update = diagnostics.update_of(algorithm, algorithm.init(PARAMS), BATCH)
 
     @jax.jit
     @jax.vmap
@@ -140,9 +164,10 @@ def test_the_variance_across_clients():
 
 
 def test_a_diagnosis_of_a_task():
-    diagnose = diagnostics.make_diagnose(descent(4, local_steps=2), TASK, 2)
-    found = diagnose(PARAMS, KEY)
-    assert diagnose(PARAMS, KEY) == found
+    algorithm = descent(4, local_steps=2)
+    diagnose = diagnostics.make_diagnose(algorithm, TASK, 2)
+    found = diagnose(algorithm.init(PARAMS), KEY)
+    assert diagnose(algorithm.init(PARAMS), KEY) == found
     assert abs(found.effective_rank - RANK) < 5 * found.trace_error
     assert found.effective_rank == pytest.approx(found.trace / found.top_eigenvalue)
     gradient = QUADRATIC.gradient(PARAMS, BATCH)["x"]

@@ -54,7 +54,8 @@ def test_every_algorithm_is_built_from_its_name(name):
 def test_every_algorithm_has_a_builder():
     assert set(methods.BUILDERS) == set(methods.ALGORITHMS)
     assert set(methods.DEFAULTS) | set(methods.FIXED) <= set(methods.ALGORITHMS)
-    assert set(methods.READ_BY) <= set(methods.NAMES)
+    assert set(methods.READ_BY) | set(methods.READ_WITH) <= set(config.NAMES)
+    assert set(methods.MAY_BE_SHARED) <= set(methods.READ_BY) | set(methods.READ_WITH)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +77,37 @@ def test_compressed_uploads_are_counted_as_they_are_sent(codec, expected):
     assert ledger.tree_bytes(messages.upload) == expected
 
 
+@pytest.mark.parametrize("codec", ["float16", "int8"])
+def test_the_scalars_of_fedkseed_are_compressed_and_their_seeds_are_not(codec):
+    arguments = ["--algorithm=fedkseed", "--local_steps=10", f"--compression={codec}"]
+    _, messages = shapes(*arguments)
+    assert ledger.tree_bytes(messages.upload) == 10 * 2 + {"float16": 20, "int8": 10 + 4}[codec]
+    assert ledger.tree_bytes(messages.broadcast) == 3 * (10 * (2 + 4) + 4)
+
+
+def test_the_decay_of_the_servers_moments():
+    """A step of the server from given moments, by the formulas of FedAdam and FedAdagrad."""
+
+    def moments(*arguments):
+        algorithm, _ = shapes(*arguments)
+        start = algorithm.init(jnp.zeros(1))
+        start = start._replace(opt_state=type(start.opt_state)(jnp.ones(1), jnp.ones(1)))
+        after = algorithm.server(keys.root(0).shared, start, jnp.full(1, 3.0)).opt_state
+        return float(after.first[0]), float(after.second[0])
+
+    betas = ["--server_beta1=0.5", "--server_beta2=0.25"]
+    assert moments("--algorithm=fedadam", *betas) == pytest.approx((2.0, 7.0))
+    assert moments("--algorithm=fedyogi", *betas) == pytest.approx((2.0, 7.75))
+    assert moments("--algorithm=fedadam") == pytest.approx((1.2, 1.08))
+    assert moments("--algorithm=fedadagrad") == pytest.approx((3.0, 10.0))
+    assert moments("--algorithm=fedadagrad", "--server_beta1=0.5") == pytest.approx((2.0, 10.0))
+
+
+@pytest.mark.parametrize("decay", [[], ["--weight_decay=0.1"]], ids=["plain", "decayed"])
 @pytest.mark.parametrize("mask", ["random", "magnitude", "sensitivity"])
-def test_masks_confine_the_step_to_their_share(mask):
+def test_masks_confine_the_step_to_their_share(mask, decay):
     task = softmax_task()
-    values = resolve(f"--mask={mask}", "--mask_density=0.4", "--local_steps=1")
+    values = resolve(f"--mask={mask}", "--mask_density=0.4", "--local_steps=1", *decay)
     algorithm = methods.build_phases(values, task)[0].algorithm
     state = algorithm.init(task.init(keys.root(0).init))
     after = jax.jit(algorithm.server)(keys.root(0).shared, state, jnp.ones((1, 20)))
@@ -113,10 +141,23 @@ def test_defaults_follow_the_algorithm_unless_they_are_given():
         (["--algorithm=fedavg", "--mask=random"], "--mask has no effect"),
         (["--algorithm=fedavg", "--schedule=5:lr=0.5"], "--schedule has no effect"),
         (["--algorithm=feedsign", "--compression=int8"], "--compression has no effect"),
+        (
+            ["--algorithm=fedkseed", "--compression=top_k"],
+            "use float16, bfloat16, int8, int4, qsgd",
+        ),
         (["--algorithm=feedsign", "--local_steps=2"], "where it is always 1: leave it out"),
         (["--algorithm=fedkseed", "--num_perturbations=2"], "always 1"),
         (["--algorithm=scaffold", "--optimizer=adam"], "always sgd"),
         (["--algorithm=mezo", "--num_clients=2"], "--num_clients=2: mezo has all data in one"),
+        (["--algorithm=mezo", "--partition=natural"], "natural: mezo has all data in one place"),
+        (["--algorithm=fedavg", "--num_perturbations=3"], "--num_perturbations has no effect"),
+        (["--algorithm=fedavg", "--estimator=jvp"], "--estimator has no effect with --algorithm"),
+        (["--rank=4"], "--rank has no effect with --perturbation=gaussian: .* choose low_rank"),
+        (["--estimator=projection", "--smoothing=0.1"], "--smoothing has no effect with --estim"),
+        (["--estimator=jvp", "--perturbations_at_once=2"], "choose forward or central"),
+        (["--optimizer=adam", "--momentum=0.5"], "--momentum has no effect with --optimizer=adam"),
+        (["--algorithm=fedadagrad", "--server_beta2=0.5"], "--server_beta2 has no effect"),
+        (["--algorithm=fedyogi", "--server_beta1=1"], r"--server_beta1 must be in \[0, 1\), got 1"),
         (["--top_k_fraction=0.1"], "--top_k_fraction has no effect with --compression=none"),
         (["--mask_density=0.1"], "--mask_density has no effect"),
         (["--algorithm=fedadam", "--server_learning_rate=0"], "must be positive, got 0"),

@@ -1,6 +1,7 @@
 """The guide to a new method: its blocks run, and the method keeps the contract."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import test_contract
 GUIDE = Path(__file__).parent.parent / "docs" / "new_method.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
 NAME = "ranked evolution"
+CHECKS = [
+    check
+    for check in vars(test_contract).values()
+    if test_contract.rows.mark in getattr(check, "pytestmark", ())
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +41,11 @@ def test_the_guides_run_descends(names):
         names["ranked_evolution"](None, 1, 0.1, None)
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        test_contract.test_it_learns_the_digits,
-        test_contract.test_its_functions_are_traced_once,
-        test_contract.test_its_types_are_stable,
-        test_contract.test_it_replays_to_the_same_bits,
-    ],
-)
-def test_it_keeps_the_contract(names, check):
-    check(NAME)
+@pytest.mark.parametrize("check", CHECKS)
+def test_it_keeps_the_contract(names, check, request):
+    fixtures = [name for name in inspect.signature(check).parameters if name != "name"]
+    check(NAME, **{name: request.getfixturevalue(name) for name in fixtures})
+
+
+def test_the_contract_is_whole():
+    assert len(CHECKS) == 8

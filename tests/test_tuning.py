@@ -49,6 +49,7 @@ def test_the_largest_of_the_rates_that_do_as_well_is_chosen():
 
 def test_a_run_keeps_the_rate_it_found_and_its_diagnoses(commands):
     flags = [*QUADRATIC, "--workdir=run", "--noprogress", "--auto_lr", "--learning_rate=0.1"]
+    flags.append("--schedule=40:lr=1e-3")
     first, more, other, wrong = commands.train_each(
         [
             [*flags, "--rounds=20", "--diagnose_every=20"],
@@ -72,6 +73,8 @@ def test_a_run_keeps_the_rate_it_found_and_its_diagnoses(commands):
     assert len({row["trace"] for row in rows}) == 1
     assert abs(rows[0]["effective_rank"] - 5) < 5 * rows[0]["trace_error"]
     assert rows[0]["gradient_norm"] > 2 * rows[2]["gradient_norm"]
+    # The rate of the round that is diagnosed.
+    assert abs(rows[2]["stability"]) < 0.1 * abs(rows[1]["stability"])
     assert "effective rank" in more.out
 
 

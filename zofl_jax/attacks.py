@@ -116,22 +116,17 @@ def scaling(factor: float = 10.0) -> Attack:
 def alie(deviations: float | None = None) -> Attack:
     """Returns "a little is enough": all send mean − z · standard deviation of the honest.
 
-    With n clients there and m malicious, z is the largest for which a median still has to count
-    them as honest: Φ⁻¹((n − m − s) / (n − m)) with s = ⌊n/2 + 1⌋ − m, and 0 at least.
     Ref: Baruch et al., NeurIPS 2019 (arXiv 1902.06156), Algorithm 3.
 
     Args:
-      deviations: z, from n and m unless given.
+      deviations: z, that of `alie_deviations` unless given.
     """
 
     def attack(key: PRNGKey, uploads: Upload, malicious: Array, present: Array) -> Upload:
         del key
         honest = _honest(malicious, present)
         n, m = jnp.sum(present), jnp.sum(malicious & present)
-        supporters = n // 2 + 1 - m
-        share = (n - m - supporters) / jnp.maximum(n - m, 1)
-        quantile = jax.scipy.special.ndtri(jnp.clip(share, 0.5, 0.999))
-        z = quantile if deviations is None else jnp.asarray(deviations)
+        z = alie_deviations(n, m) if deviations is None else jnp.asarray(deviations)
         mean = _average(_floating(uploads), honest)
         apart = jax.tree.map(lambda u, a: jnp.square(u - a), uploads, mean)
         deviation = jax.tree.map(jnp.sqrt, _average(apart, honest))
@@ -139,6 +134,21 @@ def alie(deviations: float | None = None) -> Attack:
         return _replaced(uploads, sent, malicious)
 
     return attack
+
+
+def alie_deviations(n: Array | int, m: Array | int) -> Array:
+    """Returns z of `alie` with n clients there and m of them malicious, [].
+
+    It is the largest for which a median still has to count them as honest,
+    Φ⁻¹((n − m − s) / (n − m)) with s = ⌊n/2 + 1⌋ − m, and 0 at least: where few are malicious
+    they can do no better than to send the honest mean.
+
+    >>> [round(float(alie_deviations(20, m)), 2) for m in (2, 6)]
+    [0.0, 0.37]
+    """
+    supporters = n // 2 + 1 - m
+    share = (n - m - supporters) / jnp.maximum(n - m, 1)
+    return jax.scipy.special.ndtri(jnp.clip(share, 0.5, 0.999))
 
 
 def inner_product(factor: float = 2.0) -> Attack:

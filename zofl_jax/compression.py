@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from zofl_jax import keys
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -104,8 +105,8 @@ def compressed(algorithm: Algorithm, codec: Codec, *, error_feedback: bool = Fal
     ) -> ClientResult:
         inner = memory.inner if error_feedback else memory
         result = algorithm.client(key, state, inner, batches, own_key)
-        # The inner algorithm may draw from own_key itself.
-        codec_key = jax.random.fold_in(own_key, 1)
+        # The inner algorithm may draw from own_key itself, and by small numbers for its steps.
+        codec_key = jax.random.fold_in(own_key, keys.name_id("codec"))
         if not error_feedback:
             return result._replace(upload=encode(codec_key, result.upload))
         found, expected = (str(jax.tree.structure(t)) for t in (result.upload, memory.residual))

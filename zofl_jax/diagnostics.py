@@ -7,7 +7,7 @@ Hessian is ever formed:
     effective rank   tr(H) / λ_max: it bounds the slow-down of zeroth-order methods in place of
                      the dimension (Malladi et al. 2023; Li et al. 2025)
     SNR              ‖E ĝ‖² / E ‖ĝ − E ĝ‖² of the estimate behind an update, as far as it
-                     points along the gradient
+                     points along the gradient; what momentum adds across it counts as noise
     stability        ½ E ΔᵀHΔ / −E ⟨g, Δ⟩ of an update Δ: the loss falls on average while it is
                      below 1
     client variance  mean_c ‖g_c − ḡ‖² / ‖ḡ‖²
@@ -25,7 +25,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofl_jax.core import Algorithm, Array, Batch, Batches, LossFn, Params, PRNGKey, Task
+from zofl_jax.core import (
+    Algorithm,
+    Array,
+    Batch,
+    Batches,
+    LossFn,
+    Params,
+    PRNGKey,
+    ServerState,
+    Task,
+)
 from zofl_jax.estimators import inner
 
 
@@ -192,19 +202,24 @@ def client_variance(loss_fn: LossFn, params: Params, batches: Batches) -> Array:
     return jnp.sum(jax.lax.map(distance, batches)) / count / inner(average, average)
 
 
-def update_of(algorithm: Algorithm, params: Params, batch: Batch) -> Callable[[PRNGKey], Params]:
-    """Returns key -> Δ: what one round does to params with one client, the batch at each step.
+def update_of(
+    algorithm: Algorithm, state: ServerState, batch: Batch
+) -> Callable[[PRNGKey], Params]:
+    """Returns key -> Δ: what a round from `state` does to its params with one client, the batch
+    at each step.
 
-    The round starts from `algorithm.init`, without what an optimiser remembers.
+    The state's round, curvature and optimiser are used as they are; a client that remembers
+    something takes part for the first time.
     """
 
     def update(key: PRNGKey) -> Params:
         round_key, own_key = jax.random.split(key)
-        state, memory = algorithm.init(params), algorithm.init_memory(params)
+        memory = algorithm.init_memory(state.params)
         batches = jax.tree.map(lambda x: jnp.stack([x] * algorithm.local_steps), batch)
         upload = algorithm.client(round_key, state, memory, batches, own_key).upload
         broadcast = algorithm.aggregate(jax.tree.map(lambda x: x[None], upload), jnp.ones(1))
-        return _add(algorithm.server(round_key, state, broadcast).params, params, -1.0)
+        after = algorithm.server(round_key, state, broadcast)
+        return _add(after.params, state.params, -1.0)
 
     return update
 
@@ -219,8 +234,8 @@ def make_diagnose(
     num_probes: int = 32,
     num_iterations: int = 32,
     num_updates: int = 32,
-) -> Callable[[Params, PRNGKey], Diagnosis]:
-    """Returns (params, key) -> Diagnosis, compiled at its first call.
+) -> Callable[[ServerState, PRNGKey], Diagnosis]:
+    """Returns (state, key) -> Diagnosis, compiled at its first call.
 
     Args:
       algorithm: whose updates are looked at.
@@ -240,13 +255,14 @@ def make_diagnose(
     batches = _rows(data.examples, own)
 
     @jax.jit
-    def measure(params: Params, key: PRNGKey, batch: Batch, batches: Batches) -> tuple:
+    def measure(state: ServerState, key: PRNGKey, batch: Batch, batches: Batches) -> tuple:
+        params = state.params
         trace_key, power_key, update_key = jax.random.split(key, 3)
         gradient = jax.grad(task.loss)(params, batch)
         found = trace(task.loss, params, batch, trace_key, num_probes)
         top = top_eigenvalue(task.loss, params, batch, power_key, num_iterations)
         worth = updates(
-            update_of(algorithm, params, batch),
+            update_of(algorithm, state, batch),
             task.loss,
             params,
             batch,
@@ -256,7 +272,7 @@ def make_diagnose(
         norm = jnp.sqrt(inner(gradient, gradient))
         return *found, top, found.mean / top, *worth, spread, norm
 
-    return lambda params, key: Diagnosis(*map(float, measure(params, key, batch, batches)))
+    return lambda state, key: Diagnosis(*map(float, measure(state, key, batch, batches)))
 
 
 def _evenly(count: int, wanted: int) -> np.ndarray:

@@ -4,8 +4,11 @@ With u of unit covariance E[z zᵀ] = diag(s²): a mask s ∈ {0, 1} confines a 
 the params, s = H^(−1/2) fits its directions to a curvature H.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import optax
 
 from zofl_jax import keys, sums
 from zofl_jax.core import Array, Batch, LossFn, Params, PRNGKey
@@ -38,6 +41,24 @@ def scaled(perturbation: Perturbation, factors: Params) -> Perturbation:
         return stretch(perturbation.accumulate(direction_keys, params, scalars))
 
     return Perturbation(sample, add, accumulate)
+
+
+def masked(optimizer: optax.GradientTransformation, mask: Params) -> optax.GradientTransformation:
+    """Returns the optimiser that moves the params of a mask alone, a tree of booleans.
+
+    Directions of zero don't hold the others still: weight decay would shrink them.
+
+    >>> still = masked(optax.add_decayed_weights(-0.5), jnp.array([True, False]))
+    >>> x = jnp.array([4.0, 4.0])
+    >>> still.update(jnp.zeros(2), still.init(x), x)[0].tolist()
+    [-2.0, 0.0]
+    """
+
+    def update(direction: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
+        updates, state = optimizer.update(direction, state, params)
+        return jax.tree.map(lambda u, m: jnp.where(m, u, 0), updates, mask), state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def random_mask(key: PRNGKey, params: Params, density: float) -> Params:

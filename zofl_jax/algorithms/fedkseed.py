@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from zofl_jax import keys
+from zofl_jax.compression import Codec
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -58,6 +59,7 @@ def fedkseed(
     pool_size: int = 4096,
     local_steps: int = 200,
     pro: bool = False,
+    codec: Codec | None = None,
 ) -> Algorithm:
     """Returns FedKSeed as an `Algorithm`.
 
@@ -73,6 +75,8 @@ def fedkseed(
       pool_size: n >= 1.
       local_steps: K >= 1.
       pro: whether seeds are drawn by their importance.
+      codec: how a client writes its K scalars, as 4 bytes each unless given. The broadcast holds
+        them as they are read.
 
     Raises:
       ValueError: for arguments out of range.
@@ -130,10 +134,16 @@ def fedkseed(
         scalars: Array
         losses: Array
         _, (scalars, losses) = jax.lax.scan(step, state.params, (seeds, batches))
-        upload = {"seeds": seeds.astype(width), "scalars": scalars}
+        sent: Any = scalars
+        if codec is not None:
+            sent = codec.encode(jax.random.fold_in(own_key, keys.name_id("codec")), scalars)
+        upload = {"seeds": seeds.astype(width), "scalars": sent}
         return ClientResult(upload, memory, {"loss": jnp.mean(losses)})
 
     def aggregate(uploads: Upload, weights: Array) -> Broadcast:
+        if codec is not None:
+            decode = jax.vmap(lambda sent: codec.decode(sent, local_steps))
+            uploads = {**uploads, "scalars": decode(uploads["scalars"])}
         shares = weights / jnp.sum(weights)
         return {**uploads, "weights": shares.astype(jnp.float32)}
 

@@ -7,7 +7,10 @@ sign; the server broadcasts the majority's sign, and everyone steps by it:
 
 With P directions a round each message has P bits, packed into ⌈P/8⌉ bytes. The private form
 flips each bit with probability 1 / (1 + exp ε) before it is sent (randomised response, Warner
-1965), which is ε-differentially private for each bit without trust in the server.
+1965), which is ε-differentially private for each bit without trust in the server. It is not the
+DP-FeedSign of the paper: there a trusted server sees the true bits and draws the one it broadcasts
+at random, by an exponential mechanism on the vote. That perturbs the vote alone, this form the bit
+of every client, which protects from the server too.
 Ref: arXiv 2501.17610.
 """
 
