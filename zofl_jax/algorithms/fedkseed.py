@@ -118,6 +118,14 @@ def fedkseed(
             return jax.random.randint(own_key, (local_steps,), 0, pool_size, jnp.int32)
         return jax.random.categorical(own_key, _importance(pool), shape=(local_steps,))
 
+    def numbers(upload: Upload) -> Array:
+        sent = upload["scalars"]
+        return sent if codec is None else codec.decode(sent, local_steps)
+
+    def written(key: PRNGKey, scalars: Array, upload: Upload) -> Upload:
+        sent = scalars if codec is None else codec.encode(key, scalars)
+        return {**upload, "scalars": sent}
+
     def client(
         key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
@@ -134,16 +142,12 @@ def fedkseed(
         scalars: Array
         losses: Array
         _, (scalars, losses) = jax.lax.scan(step, state.params, (seeds, batches))
-        sent: Any = scalars
-        if codec is not None:
-            sent = codec.encode(jax.random.fold_in(own_key, keys.name_id("codec")), scalars)
-        upload = {"seeds": seeds.astype(width), "scalars": sent}
+        codec_key = jax.random.fold_in(own_key, keys.name_id("codec"))
+        upload = written(codec_key, scalars, {"seeds": seeds.astype(width)})
         return ClientResult(upload, memory, {"loss": jnp.mean(losses)})
 
     def aggregate(uploads: Upload, weights: Array) -> Broadcast:
-        if codec is not None:
-            decode = jax.vmap(lambda sent: codec.decode(sent, local_steps))
-            uploads = {**uploads, "scalars": decode(uploads["scalars"])}
+        uploads = {**uploads, "scalars": jax.vmap(numbers)(uploads)}
         shares = weights / jnp.sum(weights)
         return {**uploads, "weights": shares.astype(jnp.float32)}
 
@@ -166,9 +170,6 @@ def fedkseed(
         pool = SeedPool(accumulators.at[seeds].add(parts), amplitudes, counts)
         return ServerState(params, pool, state.round + 1)
 
-    def written(key: PRNGKey, scalars: Array, upload: Upload) -> Upload:
-        return {**upload, "scalars": scalars}
-
     def restore(state: ServerState, message: SeedPool) -> ServerState:
         def step(params: Params, pair: tuple[Array, Array]) -> tuple[Params, None]:
             return descend(params, *pair), None
@@ -185,7 +186,7 @@ def fedkseed(
         local_steps=local_steps,
         sync=Sync(message=lambda state: state.opt_state, restore=restore, alone=False),
         passes=estimator.passes.times(local_steps),
-        wire=Wire(lambda upload: upload["scalars"], written),
+        wire=Wire(numbers, written),
     )
 
 
