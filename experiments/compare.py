@@ -100,10 +100,12 @@ def main() -> None:
     title = f"{first['task']}, {report.model_name(first)}"
     share = FLAGS.trial_share
     tried_for = "" if share == 1 else f", each tried for {100 * share:g} % of the rounds"
+    repeated = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    spread = "; mean ± standard deviation over seeds" if len(seeds) > 1 else ""
     heading = (
-        f"Methods on {title}: {first['num_clients']} clients, {len(seeds)} seeds; of "
+        f"Methods on {title}: {first['num_clients']} clients, {repeated}; of "
         f"{len(factors)} learning rates the one of the best accuracy with seed {seeds[0]}"
-        f"{tried_for}. Costs are of all clients together; mean ± standard deviation over seeds."
+        f"{tried_for}. Costs are of all clients together{spread}."
     )
     grids = {
         method.name: [float(f"{method.values['learning_rate'] * f:.6g}") for f in factors]
