@@ -220,7 +220,7 @@ def _run(
     with open_run(path, values, train.MAY_CHANGE) as run:
         summary = run.read_summary()
         got_to = max(run.log.last_round + 1, (summary or {}).get("diverged_round", 0))
-        if summary and got_to > rounds:  # a trial that was chosen and went on
+        if summary and summary["rounds"] >= rounds and got_to > rounds:  # a trial that went on
             _skip(bar, rounds)
             return comparison.Result(method.name, seed, rate, comparison.cut(summary, rounds))
         ended = train.finished(run, values)
