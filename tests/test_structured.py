@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jaxprs import shapes_in
 
-from zofl_jax import keys, perturbations, structured, sums
+from zofl_jax import generators, keys, perturbations, structured, sums
 from zofl_jax.models import cnn
 
 KEY = keys.round_key(keys.root(11).shared, 0)
@@ -153,11 +153,11 @@ def test_a_large_leaf_is_drawn_in_blocks(quick_compile, monkeypatch):
     """The blocks change with `BLOCK`; what a block holds depends on its key alone."""
     monkeypatch.setattr(sums, "BLOCK", 8)
     x = {"w": jnp.zeros((6, 4)), "layers": {"w": jnp.zeros((2, 6, 4))}}
-    z = sums.arrays(perturbations.gaussian().sample(KEY, x))
+    z = sums.arrays(perturbations.rademacher().sample(KEY, x))
     leaf_keys = keys.leaf_keys(KEY, x)
 
     def blocks(key):
-        return [jax.random.normal(keys.block_key(key, i), (2, 4)) for i in range(3)]
+        return [generators.signs(keys.block_key(key, i), (2, 4), jnp.float32) for i in range(3)]
 
     np.testing.assert_array_equal(z["w"], jnp.concatenate(blocks(leaf_keys["w"])))
     layers = [keys.block_key(leaf_keys["layers"]["w"], i) for i in range(2)]
@@ -165,8 +165,8 @@ def test_a_large_leaf_is_drawn_in_blocks(quick_compile, monkeypatch):
     np.testing.assert_array_equal(z["layers"]["w"], expected)
     scalars = jnp.array([0.5, -2.0])
     several = keys.direction_keys(KEY, 2)
-    total = perturbations.gaussian().accumulate(several, x, scalars)
-    each = [sums.arrays(perturbations.gaussian().sample(key, x)) for key in several]
+    total = perturbations.rademacher().accumulate(several, x, scalars)
+    each = [sums.arrays(perturbations.rademacher().sample(key, x)) for key in several]
     expected = jax.tree.map(lambda *zs: sum(s * z for s, z in zip(scalars, zs, strict=True)), *each)
     for found, right in zip(jax.tree.leaves(total), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-6, atol=1e-6)
