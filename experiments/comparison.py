@@ -86,7 +86,7 @@ def cut(summary: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     """Returns the summary of a run as far as its first `rounds` rounds tell.
 
     >>> rows = [{"round": n, "test_accuracy": n / 10} for n in (2, 4)]
-    >>> summary = {"history": rows, "history_seconds": [1.0, 2.0], "diverged_round": 4}
+    >>> summary = {"rounds": 4, "history": rows, "history_seconds": [1.0, 2.0], "diverged_round": 4}
     >>> cut(summary, 3)["best_test_accuracy"], "diverged_round" in cut(summary, 3)
     (0.2, False)
     """
@@ -96,6 +96,8 @@ def cut(summary: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     accuracies = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
     found = {**summary, "history": history, "history_seconds": seconds}
     found["best_test_accuracy"] = max(accuracies, default=None)
+    found["test_accuracy"] = history[-1]["test_accuracy"] if history else None
+    found["rounds"] = min(summary["rounds"], rounds)
     if found.get("diverged_round", 0) > rounds:
         del found["diverged_round"]
     return found
