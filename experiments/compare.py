@@ -224,7 +224,7 @@ def _run(
             _skip(bar, rounds)
             return comparison.Result(method.name, seed, rate, comparison.cut(summary, rounds))
         ended = train.finished(run, values)
-        summary = ended.summary if ended else run.read_summary()
+        summary = ended.summary if ended else summary
         if summary and "diverged_round" in summary:
             _skip(bar, rounds)
             return comparison.Result(method.name, seed, rate, summary)
