@@ -39,13 +39,12 @@ def words(key: PRNGKey, shape: tuple[int, ...]) -> Array:
     >>> bool((words(key, (3, 5)) == jax.random.bits(key, (3, 5))).all())
     True
     """
-    if str(jax.random.key_impl(key)) != "threefry2x32" or math.prod(shape) >= 2**32:
+    if not _is_written_out(key, math.prod(shape)):
         return jax.random.bits(key, shape, jnp.uint32)
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         index = index * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    first, second = _threefry2x32(jax.random.key_data(key), jnp.zeros_like(index), index)
-    return first ^ second
+    return _words_at(key, index)
 
 
 def normal(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -75,8 +74,34 @@ def signs(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Array:
     [-1.0, -1.0, -1.0, 1.0]
     """
     size = math.prod(shape)
-    bits = (words(key, (-(-size // 32),))[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return (1 - 2 * bits.reshape(-1)[:size].reshape(shape).astype(jnp.int8)).astype(dtype)
+    stored = _stored_words(key, -(-size // 32))
+    sign_bits = (stored[:, None] << jnp.arange(31, -1, -1, dtype=jnp.uint32)) & np.uint32(1 << 31)
+    one = np.float32(1).view(np.uint32)
+    drawn = jax.lax.bitcast_convert_type(sign_bits | one, jnp.float32)
+    return drawn.reshape(-1)[:size].reshape(shape).astype(dtype)
+
+
+def _stored_words(key: PRNGKey, count: int) -> Array:
+    """Returns `words(key, (count,))`, held in memory.
+
+    Out of a loop, since XLA fuses what it can into the readers: each word would be drawn anew
+    for each of its bits.
+    """
+    if not _is_written_out(key, count):
+        return words(key, (count,))
+    half = -(-count // 2)
+    index = jnp.arange(half, dtype=jnp.uint32)
+    firsts = jnp.array([0, half], jnp.uint32)
+    return jax.lax.map(lambda first: _words_at(key, first + index), firsts).reshape(-1)[:count]
+
+
+def _is_written_out(key: PRNGKey, count: int) -> bool:
+    return str(jax.random.key_impl(key)) == "threefry2x32" and count < 2**32
+
+
+def _words_at(key: PRNGKey, index: Array) -> Array:
+    first, second = _threefry2x32(jax.random.key_data(key), jnp.zeros_like(index), index)
+    return first ^ second
 
 
 def _threefry2x32(key: Array, first: Array, second: Array) -> tuple[Array, Array]:
