@@ -1,19 +1,19 @@
-"""Convolutional networks for small images, in the forms that XLA runs fast.
+"""Convolutional networks for small images, in the forms that XLA runs fast on a CPU.
 
-A convolution of few input channels is done as shifted slices and one matrix product; a
-2 x 2 pool is the maximum of four strided slices, and bias and ReLU come after the pool,
-where there are four times fewer values (both are monotonic, so the result is the same).
-Dropout, which some of the published models have, is left out: its noise would be part of
+A convolution of few input channels is done as one matrix product for tiles of outputs, others as
+`convolution` says; a 2 x 2 pool is the maximum of four strided slices, and bias and ReLU come
+after the pool, where there are four times fewer values (both are monotonic, so the result is the
+same). Dropout, which some of the published models have, is left out: its noise would be part of
 every difference quotient.
 
-Milliseconds for the MNIST CNN's loss on 10 x 32 images inside a scan over perturbations,
-on 2 cores (float32 product: up to 290 GFLOP/s), best of 7 to 9, ~ median of 5; the forms
-are those of `benchmarks/convolutions.py`; "own": params differ by client; "map": one
-client at a time.
-    conv1, conv2     shared   shared, map   own   own, map
-    xla, xla             26            26   ~89         27
-    im2col, xla          21            23   ~82         22
-    blocks, blocks       19             -    21         21
+Milliseconds of one core for the MNIST CNN on 10 x 32 images, params shared by all clients, their
+own, and their own one client at a time ("map"); before: windows side by side for the first layer,
+XLA's own convolution, its derivatives as products:
+                          shared   own   own, map
+    loss          before      59   142         29
+                  now         22    38         21
+    and gradient  before     355   418        206
+                  now        140   125         92
 """
 
 import functools
@@ -24,10 +24,14 @@ import jax
 import jax.numpy as jnp
 
 from zofl_jax.core import Array
+from zofl_jax.models.convolution import Margins, convolution
 from zofl_jax.models.mlp import dense, uniform_fan_in
 
 FEW_CHANNELS = 4
 """Up to this many input channels a convolution is done as one matrix product."""
+
+TILE = 4
+"""Outputs in a row that such a product makes at once."""
 
 
 class MnistCnn(nn.Module):
@@ -117,41 +121,73 @@ def convolve(x: Array, kernel: Array, padding: str) -> Array:
     `padding` is "SAME" or "VALID". The same as `lax.conv_general_dilated` up to rounding.
     """
     few = kernel.shape[2] <= FEW_CHANNELS
-    return _as_product(x, kernel, padding) if few else _as_convolution(x, kernel, padding)
+    return _in_tiles(x, kernel, padding) if few else _as_convolution(x, kernel, padding)
 
 
-def _as_product(x: Array, kernel: Array, padding: str) -> Array:
-    height, width, _, features = kernel.shape
-    if padding == "SAME":
-        margins = [((size - 1) // 2, size // 2) for size in (height, width)]
-        x = jnp.pad(x, ((0, 0), *margins, (0, 0)))
-    rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
-    slices = [x[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
-    return jnp.concatenate(slices, axis=-1) @ kernel.reshape(-1, features)
+def _in_tiles(x: Array, kernel: Array, padding: str) -> Array:
+    """Returns the convolution as one product for tiles of `TILE` outputs, neighbours in a row.
+
+    A tile's inputs are a few long slices, h of (TILE + w - 1) C numbers, where a window each for
+    the outputs would be h w short ones; for that the kernel of a tile is part zeros.
+    """
+    height, width, channels, features = kernel.shape
+    margins = _margins(kernel, padding)
+    rows = x.shape[1] + sum(margins[0]) - height + 1
+    columns = x.shape[2] + sum(margins[1]) - width + 1
+    tiles = -(-columns // TILE)
+    right = margins[1][1] + tiles * TILE - columns
+    x = jnp.pad(x, ((0, 0), margins[0], (margins[1][0], right), (0, 0)))
+    x = x.reshape(*x.shape[:2], -1)
+    inputs, step = (TILE + width - 1) * channels, TILE * channels
+    windows = [
+        jnp.concatenate([x[:, i : i + rows, at : at + inputs] for i in range(height)], axis=-1)
+        for at in range(0, tiles * step, step)
+    ]
+    kernel = kernel.reshape(height, width * channels, features)
+    shifts = [(i * channels, (TILE - 1 - i) * channels) for i in range(TILE)]
+    shifted = [jnp.pad(kernel, ((0, 0), shift, (0, 0))) for shift in shifts]
+    out = jnp.stack(windows, axis=2) @ jnp.stack(shifted, axis=2).reshape(height * inputs, -1)
+    return out.reshape(-1, rows, tiles * TILE, features)[:, :, :columns]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _margins(kernel: Array, padding: str) -> Margins:
+    """Returns the zeros above and below, left and right of the images."""
+    if padding == "VALID":
+        return (0, 0), (0, 0)
+    height, width = kernel.shape[:2]
+    return ((height - 1) // 2, height // 2), ((width - 1) // 2, width // 2)
+
+
 def _as_convolution(x: Array, kernel: Array, padding: str) -> Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-@_as_convolution.defjvp
-def _as_convolution_jvp(padding: str, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    # XLA's gradient of a convolution is a dozen times slower than that of a matrix product.
-    x, kernel = primals
-    dx, dkernel = tangents
-    tangent = _as_product(dx, kernel, padding) + _as_product(x, dkernel, padding)
-    return _as_convolution(x, kernel, padding), tangent
+    return convolution(x, kernel, _margins(kernel, padding))
 
 
 def max_pool(x: Array) -> Array:
     """Returns the maxima of 2 x 2 windows of x [B, H, W, C]; an odd last row is dropped."""
-    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    x = x[:, :height, :width]
-    top = jnp.maximum(x[:, ::2, ::2], x[:, ::2, 1::2])
-    return jnp.maximum(top, jnp.maximum(x[:, 1::2, ::2], x[:, 1::2, 1::2]))
+    return _max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
+
+
+@jax.custom_jvp
+def _max_pool(x: Array) -> Array:
+    return functools.reduce(jnp.maximum, _quarters(x))
+
+
+@_max_pool.defjvp
+def _max_pool_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    # Equal maxima of a window share its derivative. Strided slices are slow in reverse, so the
+    # tangent is that of windows as axes.
+    (x,), (dx,) = primals, tangents
+    largest = _max_pool(x)
+    batch, height, width, channels = largest.shape
+    windows = (batch, height, 2, width, 2, channels)
+    repeated = jnp.broadcast_to(largest[:, :, None, :, None], windows).reshape(x.shape)
+    is_largest = (x == repeated).astype(x.dtype)
+    among = sum(_quarters(is_largest))
+    return largest, jnp.sum((is_largest * dx).reshape(windows), axis=(2, 4)) / among
+
+
+def _quarters(x: Array) -> list[Array]:
+    return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
 
 
 def check_size(model: str, images: Array, least: int) -> None:
