@@ -1,9 +1,8 @@
 """How many clients of a vmap are evaluated at once.
 
 All at once is best for models made of matrix products. Convolutions run faster a client
-at a time on CPU (their working set stays in cache, and kernels that differ by client
-would become a grouped convolution); and large models need it to bound the activations.
-What does not depend on the client, such as a direction, is still computed once for all.
+at a time on CPU, where their working set stays in cache; and large models need it to bound
+the activations. What does not depend on the client, such as a direction, is still computed once for all.
 """
 
 from collections.abc import Callable

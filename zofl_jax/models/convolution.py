@@ -84,7 +84,7 @@ def _batched(args: tuple[Array, Array], axes: tuple[Any, Any], *, margins: Margi
         return out.reshape(*x.shape[:2], *out.shape[1:]), 0
     if axes[0] is None:
         return jax.lax.map(lambda k: convolution(x, k, margins), kernel), 0
-    return jax.lax.map(lambda both: convolution(*both, margins), (x, kernel)), 0
+    return jax.lax.map(lambda pair: convolution(pair[0], pair[1], margins), (x, kernel)), 0
 
 
 _convolution.def_impl(jax.jit(_plain, static_argnames="margins"))
