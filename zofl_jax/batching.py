@@ -2,7 +2,8 @@
 
 All at once is best for models made of matrix products. Convolutions run faster a client
 at a time on CPU, where their working set stays in cache; and large models need it to bound
-the activations. What does not depend on the client, such as a direction, is still computed once for all.
+the activations. What does not depend on the client, such as a direction, is still computed once
+for all.
 """
 
 from collections.abc import Callable
