@@ -11,9 +11,9 @@ own, and their own one client at a time ("map"); before: windows side by side fo
 XLA's own convolution, its derivatives as products:
                           shared   own   own, map
     loss          before      59   142         29
-                  now         22    38         21
+                  now         23    38         22
     and gradient  before     355   418        206
-                  now        140   125         92
+                  now        120   114         81
 """
 
 import functools
