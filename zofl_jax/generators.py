@@ -39,12 +39,13 @@ def words(key: PRNGKey, shape: tuple[int, ...]) -> Array:
     >>> bool((words(key, (3, 5)) == jax.random.bits(key, (3, 5))).all())
     True
     """
-    if not _is_written_out(key, math.prod(shape)):
+    if str(jax.random.key_impl(key)) != "threefry2x32" or math.prod(shape) >= 2**32:
         return jax.random.bits(key, shape, jnp.uint32)
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         index = index * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return _words_at(key, index)
+    first, second = _threefry2x32(jax.random.key_data(key), jnp.zeros_like(index), index)
+    return first ^ second
 
 
 def normal(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -74,34 +75,21 @@ def signs(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Array:
     [-1.0, -1.0, -1.0, 1.0]
     """
     size = math.prod(shape)
-    stored = _stored_words(key, -(-size // 32))
+    stored = _stored(words(key, (-(-size // 32),)))
     sign_bits = (stored[:, None] << jnp.arange(31, -1, -1, dtype=jnp.uint32)) & np.uint32(1 << 31)
     one = np.float32(1).view(np.uint32)
     drawn = jax.lax.bitcast_convert_type(sign_bits | one, jnp.float32)
     return drawn.reshape(-1)[:size].reshape(shape).astype(dtype)
 
 
-def _stored_words(key: PRNGKey, count: int) -> Array:
-    """Returns `words(key, (count,))`, held in memory.
+def _stored(x: Array) -> Array:
+    """Returns the integers x [n], held in memory.
 
-    Out of a loop, since XLA fuses what it can into the readers: each word would be drawn anew
-    for each of its bits.
+    XLA fuses what it can into the readers, barrier or not: each word would be drawn anew for each
+    of its bits. What goes through a loop is not fused, and complements keep the loop.
     """
-    if not _is_written_out(key, count):
-        return words(key, (count,))
-    half = -(-count // 2)
-    index = jnp.arange(half, dtype=jnp.uint32)
-    firsts = jnp.array([0, half], jnp.uint32)
-    return jax.lax.map(lambda first: _words_at(key, first + index), firsts).reshape(-1)[:count]
-
-
-def _is_written_out(key: PRNGKey, count: int) -> bool:
-    return str(jax.random.key_impl(key)) == "threefry2x32" and count < 2**32
-
-
-def _words_at(key: PRNGKey, index: Array) -> Array:
-    first, second = _threefry2x32(jax.random.key_data(key), jnp.zeros_like(index), index)
-    return first ^ second
+    halves = jnp.pad(x, (0, x.size % 2)).reshape(2, -1)
+    return ~jax.lax.map(jnp.bitwise_not, halves).reshape(-1)[: x.size]
 
 
 def _threefry2x32(key: Array, first: Array, second: Array) -> tuple[Array, Array]:
