@@ -84,16 +84,16 @@ def test_a_round_equals_that_of_formed_matrices(x64, quick_compile, make, local_
             local_steps=local_steps,
         )
 
-        def play(state):
-            for r in range(2):
-                key = keys.round_key(KEY, r)
-                uploads = jax.vmap(lambda b: algorithm.client(key, state, (), b, key).upload)(  # noqa: B023
-                    cohort(local_steps)
-                )
-                state = algorithm.server(key, state, uploads.mean(0))
-            return uploads, state.params
+        def play(state, r):
+            key = keys.round_key(KEY, r)
+            uploads = jax.vmap(lambda b: algorithm.client(key, state, (), b, key).upload)(
+                cohort(local_steps)
+            )
+            return algorithm.server(key, state, uploads.mean(0)), uploads
 
-        return jax.jit(play)(algorithm.init(network_params()))
+        state = algorithm.init(network_params())
+        state, uploads = jax.jit(lambda s: jax.lax.scan(play, s, jnp.arange(2)))(state)
+        return uploads, state.params
 
     expected = round_with(formed(rank))
     for options in ({}, {"clients_at_once": 1}, {"perturbations_at_once": 2}):
