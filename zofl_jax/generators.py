@@ -19,6 +19,7 @@ from zofl_jax.core import Array, PRNGKey
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
+_ONE = np.float32(1).view(np.uint32)
 
 # √2 erfinv(x) = x Σ_i _QUANTILE[i] (t - 2)^i with t = √(-log(1 - x²)), to 5e-6 for t <= 4, and
 # log(1 + m) = m Σ_i _LOG[i] m^i, to 8e-6 for 0 <= m < 1: the best polynomials of their degrees.
@@ -60,8 +61,7 @@ def normal(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Array:
     """
     if jnp.promote_types(dtype, jnp.float32) != jnp.float32:
         return jax.random.normal(key, shape, dtype)
-    one = np.float32(1).view(np.uint32)
-    uniform = jax.lax.bitcast_convert_type((words(key, shape) >> 9) | one, jnp.float32) - 1
+    uniform = jax.lax.bitcast_convert_type((words(key, shape) >> 9) | _ONE, jnp.float32) - 1
     lowest = np.nextafter(np.float32(-1), np.float32(0))
     x = jnp.maximum(lowest, uniform * np.float32(2) + lowest)  # in (-1, 1)
     t = jnp.sqrt(jnp.maximum(-_log((1 - x) * (1 + x)), 0))
@@ -77,8 +77,7 @@ def signs(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Array:
     size = math.prod(shape)
     stored = _stored(words(key, (-(-size // 32),)))
     sign_bits = (stored[:, None] << jnp.arange(31, -1, -1, dtype=jnp.uint32)) & np.uint32(1 << 31)
-    one = np.float32(1).view(np.uint32)
-    drawn = jax.lax.bitcast_convert_type(sign_bits | one, jnp.float32)
+    drawn = jax.lax.bitcast_convert_type(sign_bits | _ONE, jnp.float32)
     return drawn.reshape(-1)[:size].reshape(shape).astype(dtype)
 
 

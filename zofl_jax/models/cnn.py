@@ -6,14 +6,12 @@ after the pool, where there are four times fewer values (both are monotonic, so 
 same). Dropout, which some of the published models have, is left out: its noise would be part of
 every difference quotient.
 
-Milliseconds of one core for the MNIST CNN on 10 x 32 images, params shared by all clients, their
-own, and their own one client at a time ("map"); before: windows side by side for the first layer,
-XLA's own convolution, its derivatives as products:
-                          shared   own   own, map
-    loss          before      59   142         29
-                  now         23    38         22
-    and gradient  before     355   418        206
-                  now        120   114         81
+Milliseconds for the MNIST CNN on 10 x 32 images, on 2 cores, medians of 7, from
+`benchmarks/convolutions.py`; "own": params differ by client, "map": one client at a time; before:
+windows side by side as one product for the first layer, XLA's own convolution and gradient:
+                  shared   shared, map   own   own, map   gradient   gradient, map
+    before            21            22    99         22        253             985
+    now               15            17    18         17         65              60
 """
 
 import functools
@@ -24,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from zofl_jax.core import Array
-from zofl_jax.models.convolution import Margins, convolution
+from zofl_jax.models.convolution import Margins, convolution, outputs
 from zofl_jax.models.mlp import dense, uniform_fan_in
 
 FEW_CHANNELS = 4
@@ -132,8 +130,7 @@ def _in_tiles(x: Array, kernel: Array, padding: str) -> Array:
     """
     height, width, channels, features = kernel.shape
     margins = _margins(kernel, padding)
-    rows = x.shape[1] + sum(margins[0]) - height + 1
-    columns = x.shape[2] + sum(margins[1]) - width + 1
+    rows, columns = outputs(x, kernel, margins)
     tiles = -(-columns // TILE)
     right = margins[1][1] + tiles * TILE - columns
     x = jnp.pad(x, ((0, 0), margins[0], (margins[1][0], right), (0, 0)))

@@ -48,6 +48,16 @@ def convolution(x: Array, kernel: Array, margins: Margins) -> Array:
     return _convolution.bind(x, kernel, margins=margins)
 
 
+def outputs(x: Array, kernel: Array, margins: Margins) -> tuple[int, int]:
+    """Returns the rows and the columns of what `convolution` returns.
+
+    >>> outputs(jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 3, 5)), ((1, 1), (0, 0)))
+    (4, 2)
+    """
+    rows, columns = (x.shape[i + 1] + sum(margins[i]) - kernel.shape[i] + 1 for i in range(2))
+    return rows, columns
+
+
 def _plain(x: Array, kernel: Array, *, margins: Margins) -> Array:
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), margins, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -55,10 +65,7 @@ def _plain(x: Array, kernel: Array, *, margins: Margins) -> Array:
 
 
 def _shape(x: Any, kernel: Any, *, margins: Margins) -> Any:
-    height, width, _, features = kernel.shape
-    rows = x.shape[1] + sum(margins[0]) - height + 1
-    columns = x.shape[2] + sum(margins[1]) - width + 1
-    return x.update(shape=(x.shape[0], rows, columns, features))
+    return x.update(shape=(x.shape[0], *outputs(x, kernel, margins), kernel.shape[3]))
 
 
 def _by_images(cotangent: Array, x: Any, kernel: Array, *, margins: Margins) -> Array:
