@@ -15,6 +15,7 @@ from absl import flags
 
 from experiments import conditions, schedules
 from zofl_jax import algorithms, compression, estimators, keys, perturbations, scaling
+from zofl_jax.algorithms.local_training import ClientOptimizer
 from zofl_jax.core import Algorithm, LossFn, Params, Phase, Task
 from zofl_jax.estimators import Estimator
 from zofl_jax.perturbations import Perturbation
@@ -63,7 +64,6 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "shared_directions": ("fedzo",),
     "mask": ZEROTH_ORDER,
     "mask_density": ZEROTH_ORDER,
-    "schedule": ("decomfl", "hiso", "feedsign", "mezo", "fedsgd"),
     "compression": tuple(set(ALGORITHMS) - {"feedsign"}),
     "estimator": ZEROTH_ORDER,
     "perturbation": ZEROTH_ORDER,
@@ -200,8 +200,10 @@ class Parts(NamedTuple):
     """What the builders put together."""
 
     loss_fn: LossFn
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation  # whose state everyone keeps
+    client_optimizer: ClientOptimizer  # whose state starts anew in every round
     learning_rate: jax.Array
+    rate_factor: optax.Schedule | None
     estimator: Callable[[Perturbation], Estimator]
     perturbation: Perturbation
     pool_key: jax.Array
@@ -267,7 +269,26 @@ def fill_in(values: dict[str, Any], given: set[str], shared: Collection[str] = (
             f"--compression={values['compression']} is not possible with --algorithm={name}, all "
             f"of whose scalars are needed: use {', '.join(READ_WITH['stochastic_rounding'][1])}"
         )
-    schedules.parse_schedule(values["schedule"])
+    _check_schedule(values)
+
+
+def _check_schedule(values: Values) -> None:
+    """Raises ValueError if a schedule can't be read, or changes what the algorithm doesn't read."""
+    name, changes = values["algorithm"], schedules.parse_schedule(values["schedule"])
+    for letter, flag in {"mu": "smoothing", "P": "num_perturbations"}.items():
+        if not schedules.changing(changes, flag):
+            continue
+        if name not in READ_BY[flag] or flag in FIXED.get(name, {}):
+            raise ValueError(
+                f"--schedule: {letter} has no effect with --algorithm={name}: leave it out of "
+                f"{values['schedule']!r}"
+            )
+        other, readers = READ_WITH.get(flag, ("algorithm", ALGORITHMS))
+        if values[other] not in readers:
+            raise ValueError(
+                f"--schedule: {letter} has no effect with --{other}={values[other]}: leave it out "
+                f"of {values['schedule']!r}, or choose {' or '.join(readers)}"
+            )
 
 
 def build_phases(values: Values, task: Task) -> list[Phase]:
@@ -287,10 +308,12 @@ def build_phases(values: Values, task: Task) -> list[Phase]:
     smoothing = schedules.piecewise(changes, "smoothing", values["smoothing"])
     root = keys.root(values["seed"], values["prng_impl"])
     optimizer, perturbation = schedules.make_optimizer(values), _perturbation(values)
+    client_optimizer = schedules.make_client_optimizer(values)
     mask = _mask(values, task, root)
     if mask is not None:
-        optimizer, perturbation = (
+        optimizer, client_optimizer, perturbation = (
             scaling.masked(optimizer, mask),
+            _masked(client_optimizer, mask),
             scaling.scaled(perturbation, mask),
         )
     # An array, not a constant of the program: runs at another rate share its compilation.
@@ -301,7 +324,16 @@ def build_phases(values: Values, task: Task) -> list[Phase]:
             def estimator(directions: Perturbation) -> Estimator:
                 return private(_estimator(values, count, smoothing, directions))
 
-            parts = Parts(task.loss, optimizer, rate, estimator, perturbation, pool_key)
+            parts = Parts(
+                task.loss,
+                optimizer,
+                client_optimizer,
+                rate,
+                schedules.rate_factor(values),
+                estimator,
+                perturbation,
+                pool_key,
+            )
             return BUILDERS[values["algorithm"]](values, parts)
 
         guarded = conditions.guarded(values, conditions.make_private(values, make))
@@ -349,6 +381,7 @@ def _fedkseed(values: Values, parts: Parts) -> Algorithm:
         local_steps=values["local_steps"],
         pro=values["algorithm"] == "fedkseed_pro",
         codec=_codec(values),
+        factor=parts.rate_factor,
     )
 
 
@@ -365,7 +398,7 @@ def _fedzo(values: Values, parts: Parts) -> Algorithm:
     return algorithms.fedzo(
         parts.loss_fn,
         parts.estimator(parts.perturbation),
-        parts.optimizer,
+        parts.client_optimizer,
         local_steps=values["local_steps"],
         shared_directions=values["shared_directions"],
     )
@@ -374,7 +407,7 @@ def _fedzo(values: Values, parts: Parts) -> Algorithm:
 def _fedavg(values: Values, parts: Parts) -> Algorithm:
     return algorithms.fedavg(
         parts.loss_fn,
-        parts.optimizer,
+        parts.client_optimizer,
         proximal=values["proximal"] if values["algorithm"] == "fedprox" else 0.0,
         local_steps=values["local_steps"],
         clients_at_once=values["clients_at_once"] or None,
@@ -391,7 +424,7 @@ def _adaptive(values: Values, parts: Parts) -> Algorithm:
     second = {} if name == "fedadagrad" else {"b2": values["server_beta2"]}
     return getattr(algorithms, name)(
         parts.loss_fn,
-        parts.optimizer,
+        parts.client_optimizer,
         values["server_learning_rate"],
         b1=values["server_beta1"],
         **second,
@@ -402,9 +435,10 @@ def _adaptive(values: Values, parts: Parts) -> Algorithm:
 
 
 def _scaffold(values: Values, parts: Parts) -> Algorithm:
+    rate, factor = parts.learning_rate, parts.rate_factor
     return algorithms.scaffold(
         parts.loss_fn,
-        parts.learning_rate,
+        rate if factor is None else lambda round_index: rate * factor(round_index),
         share=values["clients_per_round"] / values["num_clients"],
         local_steps=values["local_steps"],
         server_rate=values["server_learning_rate"],
@@ -445,6 +479,12 @@ def _mask(values: Values, task: Task, root: keys.RootKeys) -> Params | None:
         return scaling.magnitude_mask(params, density)
     batch = jax.tree.map(lambda x: x[:CALIBRATION_EXAMPLES], task.train.examples)
     return scaling.sensitivity_mask(task.loss, params, batch, density)
+
+
+def _masked(optimizer: ClientOptimizer, mask: Params) -> ClientOptimizer:
+    if isinstance(optimizer, optax.GradientTransformation):
+        return scaling.masked(optimizer, mask)
+    return lambda round_index: scaling.masked(optimizer(round_index), mask)
 
 
 def _estimator(

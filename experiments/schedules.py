@@ -1,12 +1,14 @@
 """Learning rates that follow the rounds, and the optimiser of a run's flags."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from zofl_jax.algorithms.local_training import ClientOptimizer
 
 AUTHORS = "500:lr=0.8,P=2;1000:lr=0.5,P=4;2000:lr=0.3,P=8"
 
@@ -54,16 +56,39 @@ def parse_schedule(text: str) -> list[Change]:
     return changes
 
 
+def changing(changes: Sequence[Change], field: str) -> bool:
+    """Returns whether a schedule changes a field of `Change`."""
+    return any(getattr(change, field) != 1 for change in changes)
+
+
 def make_optimizer(values: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Returns the optimiser of the flags, whose rate follows the schedule."""
+    """Returns the optimiser of the flags, whose state goes on from round to round.
+
+    Its rate follows the schedule by the count of local steps, K a round.
+    """
+    factor = rate_factor(values)
+    rate: Any = jnp.asarray(values["learning_rate"])
+    return _optimizer(
+        values,
+        rate if factor is None else lambda count: rate * factor(count // values["local_steps"]),
+    )
+
+
+def make_client_optimizer(values: Mapping[str, Any]) -> ClientOptimizer:
+    """Returns the optimiser of the flags, whose state starts anew in every round."""
+    factor, rate = rate_factor(values), jnp.asarray(values["learning_rate"])
+    if factor is None:
+        return _optimizer(values, rate)
+    return lambda round_index: _optimizer(values, rate * factor(round_index))
+
+
+def rate_factor(values: Mapping[str, Any]) -> optax.Schedule | None:
+    """Returns round -> factor on the learning rate, or None if it is always 1."""
     changes = parse_schedule(values["schedule"])
-    by_round = piecewise(changes, "learning_rate", values["learning_rate"])
+    return piecewise(changes, "learning_rate", 1.0) if changing(changes, "learning_rate") else None
 
-    def by_step(count: Any) -> Any:
-        # The optimiser counts local steps, K a round.
-        return by_round(count // values["local_steps"])
 
-    rate: Any = by_step if len(changes) > 1 else jnp.asarray(values["learning_rate"])
+def _optimizer(values: Mapping[str, Any], rate: Any) -> optax.GradientTransformation:
     decay = values["weight_decay"]
     if values["optimizer"] == "adam":
         return optax.adamw(rate, weight_decay=decay) if decay else optax.adam(rate)

@@ -103,6 +103,72 @@ def test_the_decay_of_the_servers_moments():
     assert moments("--algorithm=fedadagrad", "--server_beta1=0.5") == pytest.approx((2.0, 10.0))
 
 
+def play(algorithm, start, rounds):
+    """Returns the state and the memory after so many more rounds of three clients."""
+    data = softmax_task().train.examples
+    batches = jax.tree.map(
+        lambda x: x[: 3 * 2 * 4].reshape(3, 2, 4, *x.shape[1:])[:, : algorithm.local_steps], data
+    )
+
+    def one_round(_, carry):
+        state, memory = carry
+        key = keys.round_key(keys.root(0).shared, state.round)
+        clients = jax.vmap(algorithm.client, in_axes=(None, None, 0, 0, 0))
+        results = clients(key, state, memory, batches, jax.random.split(key, 3))
+        broadcast = algorithm.aggregate(results.upload, jnp.ones(3))
+        return algorithm.server(key, state, broadcast), results.memory
+
+    return jax.jit(lambda start: jax.lax.fori_loop(0, rounds, one_round, start))(start)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--algorithm=decomfl", "--momentum=0.5"],
+        ["--algorithm=fedkseed_pro", "--pool_size=16"],
+        ["--algorithm=fedzo", "--mask=random", "--optimizer=adam"],
+        ["--algorithm=fedprox", "--weight_decay=0.1", "--optimizer=adam"],
+        ["--algorithm=fedyogi"],
+        ["--algorithm=fedsgd"],
+        ["--algorithm=scaffold"],
+    ],
+    ids=lambda arguments: arguments[0].partition("=")[2],
+)
+def test_a_scheduled_rate_is_the_rate_of_its_rounds(quick_compile, arguments):
+    """As if from round 2 on the same run had been given the other rate."""
+    task = softmax_task()
+
+    def algorithm(*more):
+        steps = [] if "fedsgd" in arguments[0] else ["--local_steps=2"]
+        values = resolve(*arguments, *steps, "--learning_rate=0.1", *more)
+        return methods.build_phases(values, task)[0].algorithm
+
+    def start(algorithm):
+        params = task.init(keys.root(0).init)
+        memory = jax.tree.map(lambda m: jnp.stack([m] * 3), algorithm.init_memory(params))
+        return algorithm.init(params), memory
+
+    constant, scheduled = algorithm(), algorithm("--schedule=2:lr=0.25")
+    half_way = play(constant, start(constant), 2)
+    expected, _ = play(algorithm("--learning_rate=0.025"), half_way, 2)
+    found, _ = play(scheduled, start(scheduled), 4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        found.params,
+        expected.params,
+    )
+    unscheduled, _ = play(constant, half_way, 2)
+    moved = jnp.abs(unscheduled.params["kernel"] - expected.params["kernel"])
+    assert jnp.max(moved) > 1e-3
+    if constant.sync is not None:  # what brings a client up to date that missed all of it
+        restored = scheduled.sync.restore(start(scheduled)[0], scheduled.sync.message(found))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            restored.params,
+            found.params,
+        )
+
+
 @pytest.mark.parametrize("decay", [[], ["--weight_decay=0.1"]], ids=["plain", "decayed"])
 @pytest.mark.parametrize("mask", ["random", "magnitude", "sensitivity"])
 def test_masks_confine_the_step_to_their_share(mask, decay):
@@ -139,7 +205,10 @@ def test_defaults_follow_the_algorithm_unless_they_are_given():
         ),
         (["--proximal=0.1"], "choose fedprox"),
         (["--algorithm=fedavg", "--mask=random"], "--mask has no effect"),
-        (["--algorithm=fedavg", "--schedule=5:lr=0.5"], "--schedule has no effect"),
+        (["--algorithm=fedavg", "--schedule=5:P=2"], "--schedule: P has no effect with --algo"),
+        (["--algorithm=fedsgd", "--schedule=5:lr=0.5,mu=2"], "mu has no .* it out of '5:lr=0.5,mu"),
+        (["--algorithm=fedkseed", "--schedule=5:P=2"], "--schedule: P has no effect with --algo"),
+        (["--estimator=projection", "--schedule=5:mu=2"], "mu has no .* choose forward or central"),
         (["--algorithm=feedsign", "--compression=int8"], "--compression has no effect"),
         (
             ["--algorithm=fedkseed", "--compression=top_k"],

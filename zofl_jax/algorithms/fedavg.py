@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import optax
 
 from zofl_jax import aggregation
-from zofl_jax.algorithms.local_training import Gradient, Trained, difference, exact, train
+from zofl_jax.algorithms.local_training import (
+    ClientOptimizer,
+    Gradient,
+    Trained,
+    difference,
+    exact,
+    train,
+)
 from zofl_jax.batching import at_once
 from zofl_jax.core import (
     Algorithm,
@@ -36,7 +43,7 @@ from zofl_jax.core import (
 
 def fedavg(
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
+    optimizer: ClientOptimizer,
     *,
     local_steps: int = 1,
     proximal: float = 0.0,
@@ -48,7 +55,9 @@ def fedavg(
 
     Args:
       loss_fn: (params, batch) -> mean loss, differentiable.
-      optimizer: of the clients; its state starts anew in every round.
+      optimizer: of the clients; its state, and with it any schedule of its own, starts anew in
+        every round. A function of the round [] gives that round's, as in
+        `lambda r: optax.sgd(schedule(r))`.
       local_steps: K >= 1.
       proximal: λ >= 0 of FedProx.
       server_optimizer: applied to the mean Δ as if it were a gradient; x − Δ unless given.
@@ -79,7 +88,7 @@ def fedavg(
 
 def dense(
     gradient: Gradient,
-    optimizer: optax.GradientTransformation,
+    optimizer: ClientOptimizer,
     *,
     local_steps: int,
     proximal: float = 0.0,

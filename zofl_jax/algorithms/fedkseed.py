@@ -7,18 +7,20 @@ The pool's directions z_1, ..., z_n are the same in all rounds, so every model t
 and the n accumulators A bring any client up to date, however long it was away.
 
     client i, from y = x:  for k = 1..K:
-        draws j from the pool, g ≈ ⟨∇f_i(y; ξ_k), z_j⟩, y ← y − η g z_j
+        draws j from the pool, g ≈ ⟨∇f_i(y; ξ_k), z_j⟩, y ← y − η s g z_j
       uploads the K pairs (j, g)
-    server: broadcasts all pairs and the weights w_i;  A_j ← A_j + w_i g for each pair
+    server: broadcasts all pairs and the weights w_i;  A_j ← A_j + w_i s g for each pair
 
-In the Pro form seeds are drawn with p_j ∝ exp(a_j), a_j the mean |g| along z_j so far, scaled to
-[0, 1] over the pool. Ref: arXiv 2312.06353, Algorithm 1 and section 4.3.
+The factor s is 1, or follows the round. In the Pro form seeds are drawn with p_j ∝ exp(a_j), a_j
+the mean |g| along z_j so far, scaled to [0, 1] over the pool.
+Ref: arXiv 2312.06353, Algorithm 1 and section 4.3.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from zofl_jax import keys
 from zofl_jax.compression import Codec
@@ -60,6 +62,7 @@ def fedkseed(
     local_steps: int = 200,
     pro: bool = False,
     codec: Codec | None = None,
+    factor: optax.Schedule | None = None,
 ) -> Algorithm:
     """Returns FedKSeed as an `Algorithm`.
 
@@ -77,6 +80,7 @@ def fedkseed(
       pro: whether seeds are drawn by their importance.
       codec: how a client writes its K scalars, as 4 bytes each unless given. The broadcast holds
         them as they are read.
+      factor: round -> s, the factor on η in that round; 1 unless given.
 
     Raises:
       ValueError: for arguments out of range.
@@ -108,6 +112,9 @@ def fedkseed(
             lambda x, z: x - jnp.asarray(learning_rate, x.dtype) * z, params, direction
         )
 
+    def at_rate(scalars: Array, round_index: Array) -> Array:
+        return scalars if factor is None else scalars * jnp.float32(factor(round_index))
+
     def init(params: Params) -> ServerState:
         zeros = jnp.zeros(pool_size, jnp.float32)
         pool = SeedPool(zeros, zeros if pro else (), zeros if pro else ())
@@ -136,7 +143,8 @@ def fedkseed(
             seed_key = keys.step_key(pool_key, seed)
             estimate = estimator.measure(loss_fn, seed_key, state.round, params, batch)
             scalar = estimate.scalars[0].astype(jnp.float32)
-            return descend(params, seed, scalar), (scalar, estimate.loss)
+            params = descend(params, seed, at_rate(scalar, state.round))
+            return params, (scalar, estimate.loss)
 
         seeds = draw(own_key, state.opt_state)
         scalars: Array
@@ -155,7 +163,7 @@ def fedkseed(
         del key
         seeds = broadcast["seeds"].astype(jnp.int32)
         scalars = broadcast["scalars"]
-        parts = scalars * broadcast["weights"][:, None]
+        parts = at_rate(scalars * broadcast["weights"][:, None], state.round)
 
         def step(params: Params, pair: tuple[Array, Array]) -> tuple[Params, None]:
             return descend(params, *pair), None

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from zofl_jax.algorithms.fedavg import fedavg
+from zofl_jax.algorithms.local_training import ClientOptimizer
 from zofl_jax.core import Algorithm, Array, LossFn, Params
 
 
@@ -30,7 +31,7 @@ class Moments(NamedTuple):
 
 def fedadam(
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
+    optimizer: ClientOptimizer,
     server_rate: float,
     *,
     b1: float = 0.9,
@@ -42,7 +43,7 @@ def fedadam(
 
     Args:
       loss_fn: (params, batch) -> mean loss, differentiable.
-      optimizer: of the clients.
+      optimizer: of the clients, or round -> that round's.
       server_rate: η > 0.
       b1: β₁ in [0, 1).
       b2: β₂ in [0, 1).
@@ -67,7 +68,7 @@ def fedadam(
 
 def fedyogi(
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
+    optimizer: ClientOptimizer,
     server_rate: float,
     *,
     b1: float = 0.9,
@@ -87,7 +88,7 @@ def fedyogi(
 
 def fedadagrad(
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
+    optimizer: ClientOptimizer,
     server_rate: float,
     *,
     b1: float = 0.0,

@@ -8,10 +8,8 @@ It is FedAvg on estimated gradients: what DeComFL's scalars save is the differen
 two. Ref: arXiv 2201.09531, Algorithm 1.
 """
 
-import optax
-
 from zofl_jax.algorithms.fedavg import dense
-from zofl_jax.algorithms.local_training import estimated
+from zofl_jax.algorithms.local_training import ClientOptimizer, estimated
 from zofl_jax.core import Algorithm, LossFn
 from zofl_jax.estimators import Estimator
 
@@ -19,7 +17,7 @@ from zofl_jax.estimators import Estimator
 def fedzo(
     loss_fn: LossFn,
     estimator: Estimator,
-    optimizer: optax.GradientTransformation,
+    optimizer: ClientOptimizer,
     *,
     local_steps: int = 1,
     shared_directions: bool = False,
@@ -29,7 +27,7 @@ def fedzo(
     Args:
       loss_fn: (params, batch) -> mean loss, [].
       estimator: of a local step.
-      optimizer: of the clients; its state starts anew in every round.
+      optimizer: of the clients, or round -> that round's; its state starts anew in every round.
       local_steps: K >= 1.
       shared_directions: whether clients draw from the round's key. Then at K = 1 with plain
         SGD the model is that of DeComFL. Their own directions average out better, and no one
@@ -38,7 +36,7 @@ def fedzo(
     Raises:
       ValueError: if `local_steps` < 1.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp, optax
     >>> from zofl_jax import estimators
     >>> f = lambda x, batch: 0.5 * jnp.sum(jnp.square(x - batch))
     >>> algorithm = fedzo(f, estimators.forward_difference(4, 1e-3), optax.sgd(0.1))

@@ -6,7 +6,7 @@ The gradient is exact, or a zeroth-order estimate of it.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,11 @@ from zofl_jax.estimators import Estimator
 
 Gradient = Callable[[PRNGKey, Array, Params, Batch], tuple[Params, Array]]
 """(key of the local step, round, params, batch) -> a gradient, and the loss []."""
+
+ClientOptimizer: TypeAlias = (
+    optax.GradientTransformation | Callable[[Array], optax.GradientTransformation]
+)
+"""An optimiser, or round [] -> the optimiser of that round."""
 
 
 class Trained(NamedTuple):
@@ -54,7 +59,7 @@ def estimated(loss_fn: LossFn, estimator: Estimator) -> Gradient:
 
 def train(
     gradient: Gradient,
-    optimizer: optax.GradientTransformation,
+    optimizer: ClientOptimizer,
     key: PRNGKey,
     round_index: Array,
     params: Params,
@@ -72,16 +77,17 @@ def train(
       batches: [K, B, ...].
       correction: (gradient, y) -> the direction that the optimiser follows.
     """
+    chosen = optimizer(round_index) if callable(optimizer) else optimizer
 
     def step(carry: tuple, inputs: tuple) -> tuple:
         y, opt_state = carry
         k, batch = inputs
         slope, loss = gradient(keys.step_key(key, k), round_index, y, batch)
-        updates, opt_state = optimizer.update(correction(slope, y), opt_state, y)
+        updates, opt_state = chosen.update(correction(slope, y), opt_state, y)
         return (optax.apply_updates(y, updates), opt_state), loss
 
     steps = jnp.arange(jax.tree.leaves(batches)[0].shape[0])
-    start = (params, optimizer.init(params))
+    start = (params, chosen.init(params))
     losses: Array
     (trained, _), losses = jax.lax.scan(step, start, (steps, batches))
     return Trained(trained, jnp.mean(losses))

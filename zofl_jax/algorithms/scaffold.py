@@ -13,6 +13,7 @@ Ref: arXiv 1910.06378, Algorithm 1.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ from zofl_jax.core import (
 
 def scaffold(
     loss_fn: LossFn,
-    learning_rate: float | Array,
+    learning_rate: float | Array | optax.Schedule,
     *,
     share: float,
     local_steps: int = 1,
@@ -51,7 +52,7 @@ def scaffold(
 
     Args:
       loss_fn: (params, batch) -> mean loss, differentiable.
-      learning_rate: η > 0 of the clients.
+      learning_rate: η > 0 of the clients, or round -> η.
       share: |S| / N in (0, 1], the cohort's share of the population.
       local_steps: K >= 1.
       server_rate: η_g > 0.
@@ -70,7 +71,7 @@ def scaffold(
     [-0.75, -0.75, -0.75]
     """
     for name, value in (("learning_rate", learning_rate), ("server_rate", server_rate)):
-        if not 0 < value < float("inf"):
+        if not callable(value) and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {value}")
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}")
@@ -79,6 +80,9 @@ def scaffold(
 
     gradient = exact(loss_fn)
 
+    def rate(round_index: Array) -> Any:
+        return learning_rate(round_index) if callable(learning_rate) else learning_rate
+
     def descend(key: PRNGKey, state: ServerState, control: Params, batches: Batches) -> Trained:
         def towards_all(slope: Params, y: Params) -> Params:
             del y
@@ -86,7 +90,7 @@ def scaffold(
 
         return train(
             gradient,
-            optax.sgd(learning_rate),
+            lambda round_index: optax.sgd(rate(round_index)),
             key,
             state.round,
             state.params,
@@ -100,7 +104,7 @@ def scaffold(
         del own_key
         trained = at_once(descend, clients_at_once)(key, state, memory, batches)
         moved = difference(state.params, trained.params)
-        scale = 1 / (local_steps * learning_rate)
+        scale = 1 / (local_steps * rate(state.round))
         control = jax.tree.map(
             lambda own, c, m: own - c + scale * m, memory, state.opt_state, moved
         )
