@@ -164,6 +164,11 @@ def resolve(shared: Collection[str] = ()) -> dict[str, Any]:
     given = {name for name in NAMES if not FLAGS[name].using_default_value}
     methods.fill_in(values, given, shared)
     task = values["task"]
+    for flag in language.NAMES:
+        if flag in given - {"objective"} and not language.is_language_task(task):
+            raise ValueError(
+                f"--{flag} is for texts and has no effect with --task={task}: leave it out"
+            )
     if task == "quadratic":
         if values["model"] is not None:
             raise ValueError(f"--model={values['model']} has no meaning with --task=quadratic")

@@ -4,6 +4,7 @@
 builds, not when it is imported.
 """
 
+import dataclasses
 import random
 import re
 from collections.abc import Mapping
@@ -48,6 +49,13 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "Of a language model's params."
+)
+flags.DEFINE_enum(
+    "matmul_dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "What the factors of a language model's products with weights are rounded to; sums stay "
+    "float32. bfloat16 is some 2.5 times as fast on CPUs with AMX, and what TPUs do anyway.",
 )
 flags.DEFINE_integer("lora_rank", 0, "Rank of LoRA adapters; 0 trains the weights.", lower_bound=0)
 flags.DEFINE_float("lora_alpha", 16.0, "α of LoRA: adapters are scaled by α / rank.")
@@ -216,7 +224,7 @@ def load_model(values: Values, root: keys.RootKeys) -> "LanguageModel":
     config, params, tokenizer = weights.load(values["model"], values["dtype"])
     pattern = values["train_only"]
     return language.adapt(
-        config,
+        dataclasses.replace(config, matmul_dtype=values["matmul_dtype"]),
         params,
         tokenizer,
         train_only=(lambda path: bool(re.search(pattern, path))) if pattern else None,

@@ -8,8 +8,12 @@ import jax
 import numpy as np
 import pytest
 import tiny_texts
+from absl.testing import flagsaver
 from commands import Commands, num_logged, stray_lines, summary_of
 
+from experiments import config
+from experiments.language import load_model
+from zofl_jax import keys
 from zofl_jax.models import transformer, weights
 
 SHARED = [
@@ -158,11 +162,21 @@ def test_a_trained_part_and_half_precision(commands):
         "--model=hf:model",
         "--train_only=norm",
         "--dtype=bfloat16",
+        "--matmul_dtype=float16",
         "--workdir=norms",
         "--rounds=3",
     )
     assert ended.code == 0, ended.err
     assert summary_of(commands.folder / "norms")["num_params"] == 5 * 16
+
+
+def test_the_dtype_of_products_is_the_models(commands):
+    with flagsaver.flagsaver():
+        config.FLAGS(["train", *SHARED, f"--model=hf:{commands.folder / 'model'}"])
+        values = config.resolve()
+    assert load_model(values, keys.root(0)).config.matmul_dtype is None
+    values["matmul_dtype"] = "bfloat16"
+    assert load_model(values, keys.root(0)).config.matmul_dtype == "bfloat16"
 
 
 REFUSED = {

@@ -231,6 +231,8 @@ def test_defaults_follow_the_algorithm_unless_they_are_given():
         (["--mask_density=0.1"], "--mask_density has no effect"),
         (["--algorithm=fedadam", "--server_learning_rate=0"], "must be positive, got 0"),
         (["--algorithm=fedavg", "--task=rte", "--objective=accuracy"], "has no useful gradient"),
+        (["--matmul_dtype=bfloat16"], "--matmul_dtype is for texts and has no effect"),
+        (["--task=quadratic", "--train_examples=9"], "is for texts .* with --task=quadratic"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(arguments, message):

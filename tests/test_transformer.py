@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zofl_jax import keys
+from zofl_jax import estimators, keys, perturbations
 from zofl_jax.models import architectures, blocks, generation, transformer
 
 TINY = architectures.Config(
@@ -19,6 +19,7 @@ TINY = architectures.Config(
     qk_norm=True,
     pad_id=0,
 )
+KEY = jax.random.key(0)
 apply = jax.jit(transformer.apply, static_argnums=0)
 hidden = jax.jit(transformer.hidden, static_argnums=0)
 FAMILIES = ["opt", "opt-post-norm", "llama", "llama-biases", "qwen2", "qwen3", "smollm3"]
@@ -191,6 +192,53 @@ def test_half_precision(dtype, params):
     assert np.abs(ours[mask] - exact[mask]).max() > tolerance / 1000  # it was computed in half
 
 
+ROUNDED = architectures.dataclasses.replace(TINY, matmul_dtype="bfloat16")
+
+
+def test_products_are_of_rounded_factors_and_summed_in_float32(quick_compile):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal((64, 64)), jnp.float32) for _ in range(2))
+    found = jax.jit(blocks.dense, static_argnums=0)(ROUNDED, x, {"kernel": w})
+    factors = (np.asarray(part.astype("bfloat16"), np.float64) for part in (x, w))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, np.matmul(*factors), atol=1e-4)
+    assert np.abs(found - x @ w).max() > 1e-2
+
+
+def test_only_products_with_weights_are_rounded(params):
+    """Those of q, k, v, out, gate, up, down and of the head; not those of attention."""
+    tokens, mask = prompts("left", TINY.vocab_size)
+    lowered = apply.lower(ROUNDED, params, tokens, mask).as_text()
+    products = [line for line in lowered.splitlines() if "stablehlo.dot_general" in line]
+    rounded = [line for line in products if "bf16" in line.split(" : ")[-1]]
+    assert (len(rounded), len(products)) == (8, 10)
+    assert all(line.split("->")[-1].strip().endswith("f32>") for line in products)
+    ours, exact = (apply(config, params, tokens, mask) for config in (ROUNDED, TINY))
+    tolerance = 0.03 * np.abs(exact[mask]).max()
+    np.testing.assert_allclose(ours[mask], exact[mask], atol=tolerance)
+    assert np.abs(ours[mask] - exact[mask]).max() > tolerance / 100
+
+
+@pytest.mark.parametrize("name", ["forward_difference", "projection", "forward_gradient"])
+def test_scalars_of_rounded_products_are_close(name, params, quick_compile):
+    """By differences in low-rank directions, whose step is added after the product, and by
+    derivatives through the rounding."""
+    tokens, mask = prompts("left", TINY.vocab_size)
+    smoothing = {"smoothing": 0.03} if name == "forward_difference" else {}
+    estimator = getattr(estimators, name)(6, perturbation=perturbations.low_rank(), **smoothing)
+
+    def scalars(config):
+        def loss(params, batch):
+            return jnp.square(transformer.apply(config, params, tokens, mask)[mask]).mean()
+
+        measure = jax.jit(lambda params: estimator.measure(loss, KEY, jnp.int32(0), params, ()))
+        return measure(params).scalars
+
+    rounded, exact = scalars(ROUNDED), scalars(TINY)
+    np.testing.assert_allclose(rounded, exact, atol=0.1 * np.abs(exact).max())
+    assert np.abs(rounded - exact).max() > 1e-4 * np.abs(exact).max()
+
+
 def test_init_matches_shapes_and_depends_on_the_path_only():
     config = architectures.dataclasses.replace(TINY, out_bias=True)
     params = transformer.init(config, jax.random.key(0))
@@ -268,6 +316,7 @@ def test_llama3_frequencies_keep_fast_and_stretch_slow_ones():
         ({"family": "mamba"}, "architecture 'mamba' is not supported"),
         ({"activation": "swish2"}, "activation 'swish2' is not supported"),
         ({"param_dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"matmul_dtype": "int8"}, "float32, bfloat16, float16, got 'int8'"),
         ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
         ({"head_dim": 7}, "even head_dim, got 7"),
         ({"rope_layers": (True,)}, "one entry a layer, got 1 for 2 layers"),

@@ -48,6 +48,9 @@ class Config:
         without positions are SmolLM3's.
       eos_ids: every token that ends a text.
       param_dtype, compute_dtype: one of `DTYPES`. Norms, softmax and logits are float32 always.
+      matmul_dtype: that the factors of every product with a weight are rounded to; it is summed
+        in float32. None is the compute dtype. "bfloat16" is what TPUs do to float32 products
+        by default.
 
     Raises:
       ValueError: for a family, an activation or a dtype that isn't known and for heads that
@@ -81,6 +84,7 @@ class Config:
     pad_id: int | None = None
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
+    matmul_dtype: str | None = None
 
     def __post_init__(self) -> None:
         check_family(self.family)
@@ -89,7 +93,8 @@ class Config:
                 f"activation {self.activation!r} is not supported: use one of "
                 f"{', '.join(ACTIVATIONS)}"
             )
-        for name in (self.param_dtype, self.compute_dtype):
+        matmul_dtype = self.matmul_dtype or self.compute_dtype
+        for name in (self.param_dtype, self.compute_dtype, matmul_dtype):
             if name not in DTYPES:
                 raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
         if self.num_heads % self.num_kv_heads:

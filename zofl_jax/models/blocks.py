@@ -1,7 +1,8 @@
 """The parts of a decoder-only transformer: dense, norm, embedding, attention, MLP, one layer.
 
 Every matrix is used in one `x @ W` with W [in, out] (tables: [vocabulary, features]), in the
-dtype of x; norms, rotations, softmax and scores are computed in float32.
+dtype of x, or with factors rounded to `Config.matmul_dtype`; norms, rotations, softmax and scores
+are computed in float32.
 
 Weights are dicts: {"kernel", "bias"?}, {"scale", "bias"?} or {"embedding"}. A matrix with
 "lora_a", "lora_b" and "lora_scale" beside it acts as W + lora_scale A B (`lora.py`); the sum
@@ -61,7 +62,8 @@ def layer(
     attention = weights["attention"]
     inputs = norm(config, x, weights["attention_norm"]) if config.pre_norm else x
     q, k, v = (
-        dense(inputs, attention[name]).reshape(*x.shape[:2], -1, config.head_dim) for name in "qkv"
+        dense(config, inputs, attention[name]).reshape(*x.shape[:2], -1, config.head_dim)
+        for name in "qkv"
     )
     if config.qk_norm:
         q, k = norm(config, q, attention["q_norm"]), norm(config, k, attention["k_norm"])
@@ -72,7 +74,7 @@ def layer(
     if past is not None:
         keys = lax.dynamic_update_slice_in_dim(past.keys, k, past.slot, axis=1)
         values = lax.dynamic_update_slice_in_dim(past.values, v, past.slot, axis=1)
-    x = x + dense(attend(q, keys, values, allowed), attention["o"])
+    x = x + dense(config, attend(q, keys, values, allowed), attention["o"])
     if not config.pre_norm:
         x = norm(config, x, weights["attention_norm"])
     inputs = norm(config, x, weights["mlp_norm"]) if config.pre_norm else x
@@ -105,20 +107,28 @@ def attend(q: Array, k: Array, v: Array, allowed: Array) -> Array:
 def mlp(config: Config, x: Array, weights: Params) -> Array:
     """Returns down(f(gate(x)) * up(x)), or down(f(up(x))) if the MLP isn't gated."""
     activation = _ACTIVATIONS[config.activation]
-    up = dense(x, weights["up"])
-    inside = activation(dense(x, weights["gate"])) * up if config.gated else activation(up)
-    return dense(inside, weights["down"])
+    up = dense(config, x, weights["up"])
+    inside = activation(dense(config, x, weights["gate"])) * up if config.gated else activation(up)
+    return dense(config, inside, weights["down"])
 
 
-def dense(x: Array, weights: Params) -> Array:
+def dense(config: Config, x: Array, weights: Params) -> Array:
     """Returns x W + b, [..., out], in the dtype of x: [..., in]."""
-    y = x @ weights["kernel"].astype(x.dtype)
+    y = _product(config, x, weights["kernel"])
     if "lora_a" in weights:
-        low = (x @ weights["lora_a"].astype(x.dtype)) @ weights["lora_b"].astype(x.dtype)
+        low = _product(config, _product(config, x, weights["lora_a"]), weights["lora_b"])
         y += weights["lora_scale"].astype(x.dtype) * low
     if "bias" in weights:
         y += weights["bias"].astype(x.dtype)
     return y
+
+
+def _product(config: Config, x: Array, matrix: Array) -> Array:
+    """Returns x W, in the dtype of x."""
+    if config.matmul_dtype is None:
+        return x @ matrix.astype(x.dtype)
+    x_rounded, rounded = (part.astype(config.matmul_dtype) for part in (x, matrix))
+    return jnp.matmul(x_rounded, rounded, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def lookup(ids: Array, table: Params, dtype: str) -> Array:
@@ -130,12 +140,13 @@ def lookup(ids: Array, table: Params, dtype: str) -> Array:
     return rows
 
 
-def scores(x: Array, table: Params, rows: Array | None = None) -> Array:
+def scores(config: Config, x: Array, table: Params, rows: Array | None = None) -> Array:
     """Returns x Wᵀ for a table W, or for some rows of it: float32 [..., rows]."""
     pick = (lambda leaf: leaf) if rows is None else (lambda leaf: leaf[rows])
-    y = _matmul_transposed(x, pick(table["embedding"]))
+    dtype = config.matmul_dtype or x.dtype
+    y = _matmul_transposed(x.astype(dtype), pick(table["embedding"]))
     if "lora_a" in table:
-        low = _matmul_transposed(x, table["lora_b"])
+        low = _matmul_transposed(x.astype(dtype), table["lora_b"])
         y += table["lora_scale"] * _matmul_transposed(low, pick(table["lora_a"]))
     return y
 

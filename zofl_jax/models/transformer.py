@@ -147,10 +147,10 @@ def logits(
       candidates: int [C], the only tokens to score; None scores the whole vocabulary.
     """
     if config.embed_width:
-        features = blocks.dense(features, params["project_out"])
+        features = blocks.dense(config, features, params["project_out"])
     table = params["embed"]["tokens"] if config.tied else params["head"]
     rows = None if candidates is None else jnp.asarray(candidates)
-    return blocks.scores(features, table, rows)
+    return blocks.scores(config, features, table, rows)
 
 
 def apply(config: Config, params: Params, tokens: Array, mask: Array) -> Array:
@@ -169,7 +169,7 @@ def embed(
     check_length(config, tokens.shape[1])
     x = blocks.lookup(tokens, params["embed"]["tokens"], config.compute_dtype)
     if config.embed_width:
-        x = blocks.dense(x, params["project_in"])
+        x = blocks.dense(config, x, params["project_in"])
     if config.rotary:
         return x, blocks.rotary(config, positions)
     rows = positions + OPT_POSITION_OFFSET
