@@ -18,6 +18,9 @@ On a busy machine PyTorch's threads wait for each other in a loop, which counts 
 with `--torch_threads=1` they don't, and `ratio_cpu_seconds` is then a fair figure, as if PyTorch
 made perfect use of any number of cores.
 
+Where ours multiplies bfloat16 factors and sums in float32, so does PyTorch, whose float32 matmul
+precision is then "medium".
+
 In a population of N clients with M a round, a client that takes part was last there N / M rounds
 ago on average, so it misses N / M - 1 and replays N / M, its own last one included. For
 `--config=decoder-135m` one replayed round is timed and the times for populations are reckoned
@@ -258,6 +261,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
     work = workloads.CONFIGS[options.config](smoke=options.smoke)
+    if work.architecture is not None and work.architecture.matmul_dtype == "bfloat16":
+        torch.set_float32_matmul_precision("medium")
     result = {
         "config": options.config,
         "prng_impl": options.prng_impl,
@@ -266,6 +271,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result |= measuring.machine(devices)
     result["versions"] |= {"torch": importlib.metadata.version("torch")}
     result["torch_threads"] = torch.get_num_threads()
+    result["torch_matmul_precision"] = torch.get_float32_matmul_precision()
     measuring.report(result, options.out)
     return result
 

@@ -140,6 +140,9 @@ CONFIGS: dict[str, Callable[..., Work]] = {
     "cnn": functools.partial(cnn_work, 1, 10),
     "cnn-k4": functools.partial(cnn_work, 4, 20, bound_share=4),
     "decoder-135m": functools.partial(decoder_work, "smollm2-135m", clients=2, length=40),
+    "decoder-135m-bf16": functools.partial(
+        decoder_work, "smollm2-135m", clients=2, length=40, matmul_dtype="bfloat16"
+    ),
     "decoder-135m-k4": functools.partial(
         decoder_work, "smollm2-135m", clients=8, length=40, local_steps=4, bound_share=16
     ),
