@@ -128,11 +128,15 @@ def dense(config: Config, x: Array, weights: Params) -> Array:
 
 
 def _product(config: Config, x: Array, matrix: Array) -> Array:
-    """Returns x W, in the dtype of x."""
-    if config.matmul_dtype is None:
-        return x @ matrix.astype(x.dtype)
-    x_rounded, rounded = (part.astype(config.matmul_dtype) for part in (x, matrix))
-    return jnp.matmul(x_rounded, rounded, preferred_element_type=jnp.float32).astype(x.dtype)
+    """Returns x W, in the dtype of x.
+
+    On a CPU XLA has fast products of half-precision factors only where the result is float32.
+    """
+    dtype = jnp.dtype(config.matmul_dtype or x.dtype)
+    wide = config.matmul_dtype is not None or jax.default_backend() == "cpu"
+    result = jnp.float32 if wide and dtype.itemsize == 2 else None
+    product = jnp.matmul(x.astype(dtype), matrix.astype(dtype), preferred_element_type=result)
+    return product.astype(x.dtype)
 
 
 def lookup(ids: Array, table: Params, dtype: str) -> Array:
