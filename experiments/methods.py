@@ -482,9 +482,9 @@ def _mask(values: Values, task: Task, root: keys.RootKeys) -> Params | None:
 
 
 def _masked(optimizer: ClientOptimizer, mask: Params) -> ClientOptimizer:
-    if isinstance(optimizer, optax.GradientTransformation):
-        return scaling.masked(optimizer, mask)
-    return lambda round_index: scaling.masked(optimizer(round_index), mask)
+    if callable(optimizer):
+        return lambda round_index: scaling.masked(optimizer(round_index), mask)
+    return scaling.masked(optimizer, mask)
 
 
 def _estimator(

@@ -94,6 +94,8 @@ def test_changed_flag_is_refused_by_name(workdir):
         runs.open_run(workdir, {k: v for k, v in FLAGS.items() if k != "task"})
     assert (workdir / "flags.json").read_bytes() == before
     runs.open_run(workdir, FLAGS).close()  # The refusals let go of the lock.
+    runs.open_run(workdir, {**FLAGS, "of_a_later_release": None}).close()
+    runs.open_run(workdir, FLAGS).close()
 
 
 def test_flags_that_may_change_are_updated(workdir):

@@ -181,7 +181,8 @@ def open_run(
 
     Args:
       workdir: the directory; "~" is the home directory.
-      flags: the resolved flags. In an existing run they must be those it was started with.
+      flags: the resolved flags. In an existing run they must be those it was started with; a flag
+        that is None and one that isn't there are the same, so that later releases may have more.
       may_change: names of flags that may differ; their new values are kept.
 
     Raises:
@@ -284,17 +285,18 @@ def _refuse_changed(
     flags: Mapping[str, Flag],
     may_change: Collection[str],
 ) -> None:
-    """Raises RunError for the first flag that differs and may not."""
+    """Raises RunError for the first flag that differs and may not; None is a flag not set."""
     changed = [
         name
         for name in {**stored, **flags}
-        if name not in may_change
-        and (name not in stored or name not in flags or stored[name] != flags[name])
+        if name not in may_change and stored.get(name) != flags.get(name)
     ]
     if not changed:
         return
     name, *others = changed
-    old, new = (repr(table[name]) if name in table else "not set" for table in (stored, flags))
+    old, new = (
+        "not set" if table.get(name) is None else repr(table[name]) for table in (stored, flags)
+    )
     also = f" (also different: {', '.join(f'--{other}' for other in others)})" if others else ""
     raise RunError(
         f"--{name} is {new} but the run in {path} was started with {old}{also}: choose another "
