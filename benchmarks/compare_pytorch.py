@@ -18,8 +18,8 @@ On a busy machine PyTorch's threads wait for each other in a loop, which counts 
 with `--torch_threads=1` they don't, and `ratio_cpu_seconds` is then a fair figure, as if PyTorch
 made perfect use of any number of cores.
 
-Where ours multiplies bfloat16 factors and sums in float32, so does PyTorch, whose float32 matmul
-precision is then "medium".
+Where ours multiplies bfloat16 factors and sums in float32, `medium` is the plain form with
+PyTorch's way to do so, the float32 matmul precision of that name; `plain` keeps float32 products.
 
 In a population of N clients with M a round, a client that takes part was last there N / M rounds
 ago on average, so it misses N / M - 1 and replays N / M, its own last one included. For
@@ -261,8 +261,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
     work = workloads.CONFIGS[options.config](smoke=options.smoke)
-    if work.architecture is not None and work.architecture.matmul_dtype == "bfloat16":
-        torch.set_float32_matmul_precision("medium")
     result = {
         "config": options.config,
         "prng_impl": options.prng_impl,
@@ -271,7 +269,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result |= measuring.machine(devices)
     result["versions"] |= {"torch": importlib.metadata.version("torch")}
     result["torch_threads"] = torch.get_num_threads()
-    result["torch_matmul_precision"] = torch.get_float32_matmul_precision()
     measuring.report(result, options.out)
     return result
 
@@ -329,9 +326,10 @@ def torch_forms(work: Work) -> dict[str, Callable[[], Any]]:
     ]
     rounds = TorchRounds(clients, draw)
 
-    def with_loss(chosen: TorchLoss) -> None:
+    def with_loss(chosen: TorchLoss, precision: str = "highest") -> None:
         for client in clients:
             client.loss = chosen
+        torch.set_float32_matmul_precision(precision)
         rounds()
 
     @torch.no_grad()
@@ -340,6 +338,8 @@ def torch_forms(work: Work) -> dict[str, Callable[[], Any]]:
         clients[0].replay(rounds.last)
 
     forms = {name: functools.partial(with_loss, loss) for name, loss in losses.items()}
+    if work.architecture.matmul_dtype == "bfloat16":
+        forms["medium"] = functools.partial(with_loss, losses["plain"], "medium")
     return {**forms, "replay": replay}
 
 

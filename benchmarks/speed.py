@@ -96,6 +96,20 @@ GOALS: tuple[tuple[str, tuple[Goal, ...]], ...] = (
         ),
     ),
     (
+        "… products of bfloat16 factors, low rank 1",
+        (
+            _over_bound("decoder-135m-bf16", "low_rank", 1.10),
+            _over_pytorch("decoder-135m-bf16", "low_rank", 4.5),
+        ),
+    ),
+    (
+        "… the same, Gaussian",
+        (
+            _over_bound("decoder-135m-bf16", "gaussian", 1.7),
+            _over_pytorch("decoder-135m-bf16", "gaussian", 3),
+        ),
+    ),
+    (
         "… low rank 1, 100 clients in the population",
         (
             Goal(
