@@ -10,8 +10,8 @@ Milliseconds for the MNIST CNN on 10 x 32 images, on 2 cores, medians of 7, from
 `benchmarks/convolutions.py`; "own": params differ by client, "map": one client at a time; before:
 windows side by side as one product for the first layer, XLA's own convolution and gradient:
                   shared   shared, map   own   own, map   gradient   gradient, map
-    before            21            22    99         22        253             985
-    now               15            17    18         17         65              60
+    before            29            30   126         30        314            1114
+    now               22            24    23         23         89              81
 """
 
 import functools
