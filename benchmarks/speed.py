@@ -38,8 +38,11 @@ class Goal(NamedTuple):
         return float(value)
 
     def shown(self, figure: float) -> str:
-        """Returns a figure as the table shows it."""
-        return f"{100 * figure:.1f} %" if self.of == "run time" else f"{figure:.3g}x"
+        """Returns a figure as the table shows it, not rounded to a limit that it misses."""
+        if self.of == "run time":
+            return f"{100 * figure:.1f} %"
+        short = f"{figure:.3g}"
+        return f"{short if self.reached(float(short)) == self.reached(figure) else figure:.4}x"
 
     def reached(self, figure: float) -> bool:
         """Returns whether a figure is good enough."""

@@ -138,6 +138,11 @@ def test_the_table_tells_which_goals_are_reached(tmp_path):
     assert all(speed.MISSING in line for line in lines[4:])
 
 
+def test_the_table_rounds_no_miss_away():
+    goal = speed.Goal("round", speed.BOUND, 1.1)
+    assert [goal.shown(figure) for figure in (1.0404, 1.1, 1.1021)] == ["1.04x", "1.1x", "1.102x"]
+
+
 def test_the_pytorch_client_measures_the_same_scalars():
     torch = pytest.importorskip("torch")
     from benchmarks import compare_pytorch
