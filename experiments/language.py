@@ -55,7 +55,7 @@ flags.DEFINE_enum(
     None,
     ["float32", "bfloat16", "float16"],
     "What the factors of a language model's products with weights are rounded to; sums stay "
-    "float32. bfloat16 is some 2.5 times as fast on CPUs with AMX, and what TPUs do anyway.",
+    "float32. bfloat16 is two to three times as fast on CPUs with AMX, and what TPUs do anyway.",
 )
 flags.DEFINE_integer("lora_rank", 0, "Rank of LoRA adapters; 0 trains the weights.", lower_bound=0)
 flags.DEFINE_float("lora_alpha", 16.0, "α of LoRA: adapters are scaled by α / rank.")

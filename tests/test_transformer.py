@@ -219,6 +219,18 @@ def test_only_products_with_weights_are_rounded(params):
     assert np.abs(ours[mask] - exact[mask]).max() > tolerance / 100
 
 
+def test_products_with_a_tables_adapters_are_rounded_too(params):
+    """One more in the look-up, two more in the head."""
+    rows, width = params["embed"]["tokens"]["embedding"].shape
+    adapters = {"lora_a": jnp.ones((rows, 2)), "lora_b": jnp.ones((2, width))}
+    table = params["embed"]["tokens"] | adapters | {"lora_scale": jnp.ones(())}
+    adapted = params | {"embed": {"tokens": table}}
+    lowered = apply.lower(ROUNDED, adapted, *prompts("left", TINY.vocab_size)).as_text()
+    products = [line for line in lowered.splitlines() if "stablehlo.dot_general" in line]
+    rounded = [line for line in products if "bf16" in line.split(" : ")[-1]]
+    assert (len(rounded), len(products)) == (11, 13)
+
+
 @pytest.mark.parametrize("name", ["forward_difference", "projection", "forward_gradient"])
 def test_scalars_of_rounded_products_are_close(name, params, quick_compile):
     """By differences in low-rank directions, whose step is added after the product, and by

@@ -139,11 +139,12 @@ def _product(config: Config, x: Array, matrix: Array) -> Array:
     return product.astype(x.dtype)
 
 
-def lookup(ids: Array, table: Params, dtype: str) -> Array:
-    """Returns rows of a table, [..., features], for ids: int [...]."""
+def lookup(config: Config, ids: Array, table: Params) -> Array:
+    """Returns rows of a table, [..., features] in the compute dtype, for ids: int [...]."""
+    dtype = config.compute_dtype
     rows = table["embedding"][ids].astype(dtype)
     if "lora_a" in table:
-        low = table["lora_a"][ids].astype(dtype) @ table["lora_b"].astype(dtype)
+        low = _product(config, table["lora_a"][ids].astype(dtype), table["lora_b"])
         rows += table["lora_scale"].astype(dtype) * low
     return rows
 
@@ -151,11 +152,10 @@ def lookup(ids: Array, table: Params, dtype: str) -> Array:
 def scores(config: Config, x: Array, table: Params, rows: Array | None = None) -> Array:
     """Returns x Wᵀ for a table W, or for some rows of it: float32 [..., rows]."""
     pick = (lambda leaf: leaf) if rows is None else (lambda leaf: leaf[rows])
-    dtype = config.matmul_dtype or x.dtype
-    y = _matmul_transposed(x.astype(dtype), pick(table["embedding"]))
+    y = _product_transposed(config, x, pick(table["embedding"]))
     if "lora_a" in table:
-        low = _matmul_transposed(x.astype(dtype), table["lora_b"])
-        y += table["lora_scale"] * _matmul_transposed(low, pick(table["lora_a"]))
+        low = _product_transposed(config, x, table["lora_b"])
+        y += table["lora_scale"] * _product_transposed(config, low, pick(table["lora_a"]))
     return y
 
 
@@ -206,5 +206,8 @@ def rotary_frequencies(config: Config) -> np.ndarray:
     return (keep + (1 - keep) / np.float32(s.factor)) * frequencies
 
 
-def _matmul_transposed(x: Array, table: Array) -> Array:
-    return jnp.einsum("...d,vd->...v", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+def _product_transposed(config: Config, x: Array, table: Array) -> Array:
+    """Returns x Wᵀ, float32."""
+    dtype = config.matmul_dtype or x.dtype
+    factors = x.astype(dtype), table.astype(dtype)
+    return jnp.einsum("...d,vd->...v", *factors, preferred_element_type=jnp.float32)

@@ -167,13 +167,13 @@ def embed(
       ValueError: if T exceeds `config.max_positions`.
     """
     check_length(config, tokens.shape[1])
-    x = blocks.lookup(tokens, params["embed"]["tokens"], config.compute_dtype)
+    x = blocks.lookup(config, tokens, params["embed"]["tokens"])
     if config.embed_width:
         x = blocks.dense(config, x, params["project_in"])
     if config.rotary:
         return x, blocks.rotary(config, positions)
     rows = positions + OPT_POSITION_OFFSET
-    return x + blocks.lookup(rows, params["embed"]["positions"], config.compute_dtype), None
+    return x + blocks.lookup(config, rows, params["embed"]["positions"]), None
 
 
 def stack(config: Config, params: Params) -> Params:
