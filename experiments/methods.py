@@ -203,7 +203,6 @@ class Parts(NamedTuple):
     optimizer: optax.GradientTransformation  # whose state everyone keeps
     client_optimizer: ClientOptimizer  # whose state starts anew in every round
     learning_rate: jax.Array
-    rate_factor: optax.Schedule | None
     estimator: Callable[[Perturbation], Estimator]
     perturbation: Perturbation
     pool_key: jax.Array
@@ -329,7 +328,6 @@ def build_phases(values: Values, task: Task) -> list[Phase]:
                 optimizer,
                 client_optimizer,
                 rate,
-                schedules.rate_factor(values),
                 estimator,
                 perturbation,
                 pool_key,
@@ -381,7 +379,7 @@ def _fedkseed(values: Values, parts: Parts) -> Algorithm:
         local_steps=values["local_steps"],
         pro=values["algorithm"] == "fedkseed_pro",
         codec=_codec(values),
-        factor=parts.rate_factor,
+        factor=schedules.rate_factor(values),
     )
 
 
@@ -435,10 +433,9 @@ def _adaptive(values: Values, parts: Parts) -> Algorithm:
 
 
 def _scaffold(values: Values, parts: Parts) -> Algorithm:
-    rate, factor = parts.learning_rate, parts.rate_factor
     return algorithms.scaffold(
         parts.loss_fn,
-        rate if factor is None else lambda round_index: rate * factor(round_index),
+        schedules.learning_rate(values),
         share=values["clients_per_round"] / values["num_clients"],
         local_steps=values["local_steps"],
         server_rate=values["server_learning_rate"],

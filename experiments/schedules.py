@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from zofl_jax.algorithms.local_training import ClientOptimizer
+from zofl_jax.core import Array
 
 AUTHORS = "500:lr=0.8,P=2;1000:lr=0.5,P=4;2000:lr=0.3,P=8"
 
@@ -66,20 +67,24 @@ def make_optimizer(values: Mapping[str, Any]) -> optax.GradientTransformation:
 
     Its rate follows the schedule by the count of local steps, K a round.
     """
-    factor = rate_factor(values)
-    rate: Any = jnp.asarray(values["learning_rate"])
-    return _optimizer(
-        values,
-        rate if factor is None else lambda count: rate * factor(count // values["local_steps"]),
-    )
+    rate = learning_rate(values)
+    if callable(rate):
+        return _optimizer(values, lambda count: rate(count // values["local_steps"]))
+    return _optimizer(values, rate)
 
 
 def make_client_optimizer(values: Mapping[str, Any]) -> ClientOptimizer:
     """Returns the optimiser of the flags, whose state starts anew in every round."""
+    rate = learning_rate(values)
+    if callable(rate):
+        return lambda round_index: _optimizer(values, rate(round_index))
+    return _optimizer(values, rate)
+
+
+def learning_rate(values: Mapping[str, Any]) -> Array | optax.Schedule:
+    """Returns the learning rate, or round -> learning rate where the schedule changes it."""
     factor, rate = rate_factor(values), jnp.asarray(values["learning_rate"])
-    if factor is None:
-        return _optimizer(values, rate)
-    return lambda round_index: _optimizer(values, rate * factor(round_index))
+    return rate if factor is None else lambda round_index: rate * factor(round_index)
 
 
 def rate_factor(values: Mapping[str, Any]) -> optax.Schedule | None:

@@ -1,5 +1,7 @@
 """`--algorithm` and its flags: what they build, and where they are refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,21 +154,14 @@ def test_a_scheduled_rate_is_the_rate_of_its_rounds(quick_compile, arguments):
     half_way = play(constant, start(constant), 2)
     expected, _ = play(algorithm("--learning_rate=0.025"), half_way, 2)
     found, _ = play(scheduled, start(scheduled), 4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-        found.params,
-        expected.params,
-    )
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(assert_close, found.params, expected.params)
     unscheduled, _ = play(constant, half_way, 2)
     moved = jnp.abs(unscheduled.params["kernel"] - expected.params["kernel"])
     assert jnp.max(moved) > 1e-3
     if constant.sync is not None:  # what brings a client up to date that missed all of it
         restored = scheduled.sync.restore(start(scheduled)[0], scheduled.sync.message(found))
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-            restored.params,
-            found.params,
-        )
+        jax.tree.map(assert_close, restored.params, found.params)
 
 
 @pytest.mark.parametrize("decay", [[], ["--weight_decay=0.1"]], ids=["plain", "decayed"])
