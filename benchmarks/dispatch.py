@@ -3,17 +3,17 @@
     python -m benchmarks.dispatch --out=benchmarks/results/dispatch.json
 
 500 rounds as `experiments.train` runs them (dispatches that grow, an evaluation every 50 rounds,
-the ledger, the log in SQLite), compiled before. A round's time on the device is the slope between
-dispatches of 32 and 128 rounds; an evaluation's is that of a call. The run and these take turns.
+the ledger, the log in SQLite), compiled before. It takes turns with the bare work: the same rounds
+in dispatches as long as they may be, and as many evaluations, nothing else.
 """
 
 import functools
+import statistics
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
+import numpy as np
 import optax
 
 from benchmarks import measuring
@@ -25,7 +25,6 @@ from zofl_jax.runs import open_run
 from zofl_jax.tasks import vision
 
 ROUNDS, EVAL_EVERY = 500, 50
-SHORT, LONG = 32, 128  # rounds in a dispatch
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -37,27 +36,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     measuring.without_cache()
     simulator = demo()
     rounds = 2 * EVAL_EVERY if options.smoke else ROUNDS
-    params = simulator.start(None).state.params
-
-    jobs: list[Callable[[], Any]] = [
-        functools.partial(run, simulator, rounds),
-        functools.partial(dispatch, simulator, SHORT),
-        functools.partial(dispatch, simulator, LONG),
-        functools.partial(simulator.evaluate, params),
-    ]
-    times = measuring.by_turns(jobs, options.repeats)
-    whole, short, long, evaluation = (t.median for t in times)
-    device = rounds * (long - short) / (LONG - SHORT) + rounds // EVAL_EVERY * evaluation
+    whole, bare = measuring.by_turns(
+        [
+            functools.partial(run, simulator, rounds),
+            functools.partial(bare_work, simulator, rounds),
+        ],
+        options.repeats,
+    )
+    shares = [1 - b / a for a, b in zip(whole.seconds, bare.seconds, strict=True)]
     result = {
         "config": "digits",
         "rounds": rounds,
-        "run_seconds": whole,
-        "device_seconds": device,
-        "seconds_per_round": (long - short) / (LONG - SHORT),
-        "overhead": 1 - device / whole,
+        "run_seconds": whole.median,
+        "device_seconds": bare.median,
+        "seconds_per_round": bare.median / rounds,
+        "overhead": statistics.median(shares),
+        "overhead_standard_error": np.std(shares) / len(shares) ** 0.5,
         "compile_seconds": simulator.compile_seconds(),
         "peak_memory_bytes": simulator.memory_bytes(),
-        "turns": len(times[0].seconds),
+        "turns": len(whole.seconds),
         **measuring.machine(1),
     }
     measuring.report(result, options.out)
@@ -87,13 +84,18 @@ def run(simulator: simulation.Simulator, rounds: int) -> None:
             eval_every=EVAL_EVERY,
             on_rounds=functools.partial(recording.write_rounds, log),
             on_record=functools.partial(recording.write_record, log),
+            reads_state=lambda done: False,
         )
 
 
-def dispatch(simulator: simulation.Simulator, rounds: int) -> None:
-    """Does so many rounds at once."""
-    state, _, _ = simulator.advance(simulator.start(None).state, (), rounds)
-    jax.block_until_ready(state)
+def bare_work(simulator: simulation.Simulator, rounds: int) -> None:
+    """Does the same rounds and as many evaluations."""
+    state, memory, *_ = simulator.start(None)
+    for done in range(0, rounds, simulator.capacities[0]):
+        n = min(simulator.capacities[0], rounds - done)
+        state, memory, _ = simulator.advance(state, memory, n)
+    for _ in range(rounds // EVAL_EVERY):
+        simulator.evaluate(state.params)
 
 
 if __name__ == "__main__":

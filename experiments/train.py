@@ -198,18 +198,23 @@ def train(
         run.save_figure("labels.png", plots.label_distribution(experiment.label_counts, title))
 
     shown: dict[str, str] = {}
-    saved_at = time.perf_counter()
+    saved_at, saving = time.perf_counter(), False
     losses = run.log.train_losses()
     warned = False
     diagnose = _diagnose(run, values, experiment)
     diagnose(progress)
+
+    def reads_state(done: int) -> bool:
+        nonlocal saving
+        saving = time.perf_counter() - saved_at > SNAPSHOT_SECONDS
+        return saving or bool(FLAGS.diagnose_every and done % FLAGS.diagnose_every == 0)
 
     def on_rounds(
         trace: simulation.Trace,
         counted: list[ledger.RoundBytes],
         progress: simulation.Progress,
     ) -> None:
-        nonlocal saved_at, warned
+        nonlocal saved_at, saving, warned
         recording.write_rounds(run, trace, counted, progress)
         diagnose(progress)
         losses.extend(trace.losses.tolist())
@@ -220,9 +225,9 @@ def train(
                 "--num_perturbations, or let --auto_lr choose"
             )
             warned = True
-        if time.perf_counter() - saved_at > SNAPSHOT_SECONDS:
+        if saving:
             recording.save_snapshot(run, progress)
-            saved_at = time.perf_counter()
+            saved_at, saving = time.perf_counter(), False
         shown["loss"] = f"{trace.losses[-1]:.4g}"
         if progress.ledger.rejected:
             shown["rejected"] = str(progress.ledger.rejected)
@@ -255,6 +260,7 @@ def train(
                 progress=progress,
                 on_rounds=on_rounds,
                 on_record=on_record,
+                reads_state=reads_state,
             )
     except simulation.Diverged as error:
         diverged, progress = error, error.progress
@@ -299,7 +305,7 @@ def _diagnose(
     )
 
     def diagnose(progress: simulation.Progress) -> None:
-        done = int(progress.state.round)
+        done = progress.ledger.num_rounds
         if done % every or done in logged:
             return
         phase = simulation.phase_at(simulator.phases, done)

@@ -265,6 +265,93 @@ def test_broadcasts_that_are_not_finite_are_not_replayed():
         simulator.replay(initial, trace.seeds, broadcasts)
 
 
+# Host work.
+
+
+class Watched:
+    """A simulator that writes down what was given to the device, and what `run` told."""
+
+    def __init__(self):
+        self.events = []
+        simulator = shared_simulator()
+
+        def launch(state, memory, n):
+            flight = simulator.launch(state, memory, n)
+            self.events.append(("launch", flight.first_round))
+            return flight
+
+        def land(flight):
+            state, memory, trace = simulator.land(flight)
+            self.events.append(("land", flight.first_round + len(trace.losses)))
+            return state, memory, trace
+
+        self.simulator = simulator._replace(launch=launch, land=land)
+
+    def run(self, reads_state):
+        marks = []
+
+        def on_rounds(trace, counted, progress):
+            done = trace.first_round + len(counted)
+            self.events.append(("rounds", done))
+            assert progress.ledger.num_rounds == done
+            marks.append((done, int(progress.fingerprint)))
+            if reads_state(done):
+                assert int(rounds.fingerprint(progress.state.params)) == marks[-1][1]
+
+        progress = simulation.run(
+            self.simulator,
+            rounds=ROUNDS,
+            eval_every=5,
+            on_rounds=on_rounds,
+            on_record=lambda record: self.events.append(("record", record.round)),
+            reads_state=reads_state,
+        )
+        return progress, marks
+
+
+def test_the_host_works_while_the_device_does():
+    patient, hasty = Watched(), Watched()
+    expected, expected_marks = patient.run(lambda done: True)
+    progress, marks = hasty.run(lambda done: done == 3)
+    assert_same_bits(progress.state, expected.state)
+    assert progress.history == expected.history
+    assert progress.ledger.totals == expected.ledger.totals
+    assert marks == expected_marks
+    dispatches = [value for kind, value in hasty.events if kind == "land"]
+    assert dispatches[:3] == [1, 3, 5]
+    at = hasty.events.index
+    for done in dispatches[:-1]:
+        assert at(("land", done)) < at(("rounds", done)) < at(("land", dispatches[-1]))
+        in_time = done == 3  # the state is read
+        in_evaluation = done % 5 == 0
+        assert (at(("rounds", done)) < at(("launch", done))) == (in_time or in_evaluation)
+    for done in (5, 10):
+        assert at(("rounds", done)) < at(("launch", done)) < at(("record", done))
+    for done in dispatches[:-1]:
+        assert patient.events.index(("rounds", done)) < patient.events.index(("launch", done))
+
+
+def test_what_waited_is_told_before_an_error_ends_the_run():
+    simulator, told, records = shared_simulator(), [], []
+
+    def launch(state, memory, n):
+        if int(state.round) == 6:
+            raise KeyboardInterrupt
+        return simulator.launch(state, memory, n)
+
+    with pytest.raises(KeyboardInterrupt):
+        simulation.run(
+            simulator._replace(launch=launch),
+            rounds=ROUNDS,
+            eval_every=3,
+            on_rounds=lambda trace, counted, progress: told.append(progress.ledger.num_rounds),
+            on_record=lambda record: records.append(record.round),
+            reads_state=lambda done: False,
+        )
+    assert told[-1] == 6
+    assert records == [3, 6]
+
+
 # Phases.
 
 

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from zofl_jax.simulation import Simulator, Trace
+from zofl_jax.simulation import Flight, Simulator, Trace
 
 WORD_BYTES = 8192
 """Of the message that each process sends before each dispatch."""
@@ -143,21 +143,25 @@ class Team:
     def lead(self, simulator: Simulator) -> Simulator:
         """Returns the simulator whose rounds the other processes take part in.
 
-        Its `advance` raises ProcessError if another process failed, and KeyboardInterrupt if one
+        Its `launch` raises ProcessError if another process failed, and KeyboardInterrupt if one
         was asked to stop, in all processes.
         """
         sent = False
 
-        def advance(state: Any, memory: Any, n: int) -> tuple[Any, Any, Trace]:
+        def launch(state: Any, memory: Any, n: int) -> Flight:
             nonlocal sent
             self._agree(n)
             with self._in_step():
                 if not sent:
                     _from_leader((state, memory))
                     sent = True
-                return simulator.advance(state, memory, n)
+                return simulator.launch(state, memory, n)
 
-        return simulator._replace(advance=advance)
+        def land(flight: Flight) -> tuple[Any, Any, Trace]:
+            with self._in_step():
+                return simulator.land(flight)
+
+        return simulator._replace(launch=launch, land=land)
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:

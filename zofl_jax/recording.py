@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from zofl_jax import ledger, participation, placement, rounds
+from zofl_jax import ledger, participation, rounds
 from zofl_jax.core import Broadcast, ServerState
 from zofl_jax.diagnostics import Diagnosis
 from zofl_jax.runs import RoundRow, Run, RunError
@@ -50,10 +50,9 @@ def write_rounds(
         )
         for i, sums in enumerate(counted)
     ]
-    marks = {
-        FINGERPRINT: float(rounds.fingerprint(placement.own_copy(progress.state.params))),
-        RUN_SECONDS: progress.run_seconds,
-    }
+    marks = {RUN_SECONDS: progress.run_seconds}
+    if progress.fingerprint is not None:
+        marks[FINGERPRINT] = float(progress.fingerprint)
     # Of rounds in which messages were rejected, how many.
     metrics: dict[int, dict[str, float]] = {
         trace.first_round + i + 1: {REJECTED: float(count)}

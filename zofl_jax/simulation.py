@@ -4,8 +4,9 @@
     progress = run(simulator, rounds=400, eval_every=50)
 
 `make_simulator` compiles each function of `rounds.py` once, at its first use. `run` adds
-an evaluation schedule, the count of bytes, and hooks for logs and progress bars; a run
-may be taken up again from any `Progress`.
+an evaluation schedule, the count of bytes, and hooks for logs and progress bars, which do
+their work while the device does the next rounds; a run may be taken up again from any
+`Progress`.
 """
 
 import functools
@@ -45,6 +46,13 @@ class Trace(NamedTuple):
         return np.asarray(self.attendance.cohort)
 
 
+class Flight(NamedTuple):
+    """Rounds that the device was given to do, and may be doing still."""
+
+    first_round: int
+    loop: traced.Loop  # arrays that are not waited for
+
+
 class Record(NamedTuple):
     """One evaluation: a row of the history. Bytes are totals since round 0."""
 
@@ -82,6 +90,7 @@ class Progress(NamedTuple):
     history: list[Record]
     losses: list[float]  # training losses since the last record
     run_seconds: float = 0.0  # rounds alone, without compilation and evaluation
+    fingerprint: Array | None = None  # of the params, see `rounds.fingerprint`; for `on_rounds`
 
 
 class Simulator(NamedTuple):
@@ -93,9 +102,11 @@ class Simulator(NamedTuple):
       broadcasts: the shapes and dtypes of a broadcast in each phase.
       capacities: the most rounds in one dispatch in each phase, `rounds.CAPACITY` or fewer.
       start: params or None -> Progress at round 0; None draws them by `task.init`.
-      advance: (state, memory, n) -> (state, memory, Trace); n <= the capacity, all
-        in one phase. The state and memory given are consumed.
-      evaluate: params -> {"loss": ..., "accuracy": ...}, means over the test set.
+      launch: (state, memory, n) -> Flight; n <= the capacity, all in one phase. The device is
+        given the rounds and not waited for; the state and memory given are consumed.
+      land: Flight -> (state, memory, Trace); waits until its rounds are done.
+      measure: params -> {"loss": ..., "accuracy": ...}, means over the test set: arrays [],
+        which are not waited for.
       replay: (state, seeds uint32 [n, words], broadcasts [n, ...]) -> state: the server's
         part of n rounds, bit-identical to `advance` on the same machine. The rounds
         must lie in one phase.
@@ -118,8 +129,9 @@ class Simulator(NamedTuple):
     broadcasts: tuple[Any, ...]
     capacities: tuple[int, ...]
     start: Callable[[Params | None], Progress]
-    advance: Callable[[ServerState, Any, int], tuple[ServerState, Any, Trace]]
-    evaluate: Callable[[Params], dict[str, float]]
+    launch: Callable[[ServerState, Any, int], Flight]
+    land: Callable[[Flight], tuple[ServerState, Any, Trace]]
+    measure: Callable[[Params], dict[str, Array]]
     replay: Callable[[ServerState, np.ndarray, Broadcast], ServerState]
     attendance: Callable[[np.ndarray], participation.Attendance]
     cohorts: Callable[[np.ndarray], np.ndarray]
@@ -129,6 +141,14 @@ class Simulator(NamedTuple):
     num_devices: int = 1
     conditions: traced.Conditions = traced.IDEAL
     epsilon: Callable[[ledger.Ledger], float] | None = None
+
+    def advance(self, state: ServerState, memory: Any, n: int) -> tuple[ServerState, Any, Trace]:
+        """Does n rounds: `launch`, then `land`."""
+        return self.land(self.launch(state, memory, n))
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Returns {"loss": ..., "accuracy": ...}, means over the test set."""
+        return {name: float(value) for name, value in self.measure(params).items()}
 
 
 class Diverged(ArithmeticError):  # noqa: N818 (the name says what happened)
@@ -216,7 +236,7 @@ def make_simulator(
             memory = traced.Memory(memory, traced.Late(zeros, jnp.zeros(clients_per_round)))
         return Progress(state, memory, ledger.Ledger(num_clients), [], [])
 
-    def advance(state: ServerState, memory: Any, n: int) -> tuple[ServerState, Any, Trace]:
+    def launch(state: ServerState, memory: Any, n: int) -> Flight:
         first_round = int(state.round)
         phase = phase_of(first_round, n)
         chosen = phases[phase].algorithm
@@ -235,6 +255,10 @@ def make_simulator(
             (place(state), place(memory), train, placed_root, np.int32(n)),
             donate=(0, 1),
         )
+        return Flight(first_round, loop)
+
+    def land(flight: Flight) -> tuple[ServerState, Any, Trace]:
+        first_round, loop = flight
         done = int(loop.done)
         kept: traced.RoundRecord = jax.tree.map(lambda x: np.asarray(x)[:done], loop.records)
         failed_loss = None if loop.healthy else float(loop.last_loss)
@@ -249,9 +273,8 @@ def make_simulator(
         )
         return loop.state, loop.memory, trace
 
-    def evaluate(params: Params) -> dict[str, float]:
-        means = compiler.call("evaluate", traced.make_evaluate(task), (own(params), test, mask))
-        return {name: float(value) for name, value in means.items()}
+    def measure(params: Params) -> dict[str, Array]:
+        return compiler.call("evaluate", traced.make_evaluate(task), (own(params), test, mask))
 
     def replay(state: ServerState, words: np.ndarray, broadcasts: Broadcast) -> ServerState:
         state = own(jax.tree.map(jnp.copy, placement.own_copy(state)))
@@ -327,8 +350,9 @@ def make_simulator(
         tuple(shape.broadcast for shape in shapes),
         capacities,
         start,
-        advance,
-        evaluate,
+        launch,
+        land,
+        measure,
         replay,
         attendance,
         cohorts,
@@ -349,8 +373,12 @@ def run(
     progress: Progress | None = None,
     on_rounds: Callable[[Trace, list[ledger.RoundBytes], Progress], None] | None = None,
     on_record: Callable[[Record], None] | None = None,
+    reads_state: Callable[[int], bool] = lambda done: True,
 ) -> Progress:
     """Runs until `rounds` rounds are done; evaluates every `eval_every` and at the end.
+
+    The device never waits for `on_record`, nor for an `on_rounds` that doesn't read the state:
+    they are called while it does the next rounds.
 
     Args:
       simulator: see `make_simulator`.
@@ -360,6 +388,8 @@ def run(
       on_rounds: called after each dispatch with its trace, the bytes of each round and
         the progress, whose state the next dispatch consumes.
       on_record: called after each evaluation.
+      reads_state: rounds done -> whether `on_rounds` reads the progress's state or memory then.
+        Where it does not, it may find them consumed.
 
     Returns:
       The progress after the last round.
@@ -372,27 +402,45 @@ def run(
         raise ValueError(f"rounds must be >= 1, got {rounds}")
     if eval_every < 0:
         raise ValueError(f"eval_every must be >= 0, got {eval_every}")
-    state, memory, book, history, losses, seconds = progress or simulator.start(None)
+    state, memory, book, history, losses, seconds, _ = progress or simulator.start(None)
     history, losses = list(history), list(losses)
     done, dispatch = int(state.round), 1
+
+    def count(trace: Trace, now: Progress, sizes: ledger.MessageSizes) -> None:
+        counted = [
+            book.record_attendance(one, sizes, rejected)
+            for one, rejected in zip(
+                participation.each_round(trace.attendance), trace.rejected.tolist(), strict=True
+            )
+        ]
+        losses.extend(trace.losses.tolist())
+        if on_rounds and counted:
+            on_rounds(trace, counted, now)
+
+    def record(rounds_done: int, metrics: dict[str, Array]) -> None:
+        found = Record(
+            rounds_done,
+            float(np.mean(losses or [np.nan])),
+            {name: float(value) for name, value in metrics.items()},
+            book.totals.up,
+            book.totals.down,
+            book.rejected,
+            simulator.epsilon(book) if simulator.epsilon else None,
+        )
+        history.append(found)
+        losses.clear()
+        if on_record:
+            on_record(found)
+
+    later = _Later()  # what the host does once the device has its next task
     while True:
         evaluated = history[-1].round if history else 0
         if done != evaluated and (done == rounds or (eval_every and done % eval_every == 0)):
-            metrics = simulator.evaluate(state.params)
-            record = Record(
-                done,
-                float(np.mean(losses or [np.nan])),
-                metrics,
-                book.totals.up,
-                book.totals.down,
-                book.rejected,
-                simulator.epsilon(book) if simulator.epsilon else None,
-            )
-            history.append(record)
-            losses.clear()
-            if on_record:
-                on_record(record)
+            with later:
+                metrics = simulator.measure(state.params)
+            later.add(record, done, jax.block_until_ready(metrics))
         if done >= rounds:
+            later.do()
             return Progress(state, memory, book, history, losses, seconds)
 
         phase = phase_at(simulator.phases, done)
@@ -403,25 +451,46 @@ def run(
         n = min(dispatch, until - done)
         compiled_before = simulator.compile_seconds()
         began = time.perf_counter()
-        state, memory, trace = simulator.advance(state, memory, n)
+        with later:
+            flight = simulator.launch(state, memory, n)
+        state, memory, trace = simulator.land(flight)
         took = time.perf_counter() - began - (simulator.compile_seconds() - compiled_before)
         seconds += took
         if n == dispatch and took < DISPATCH_SECONDS / 2:
             dispatch *= 2
 
-        counted = [
-            book.record_attendance(one, simulator.sizes[phase], rejected)
-            for one, rejected in zip(
-                participation.each_round(trace.attendance), trace.rejected.tolist(), strict=True
-            )
-        ]
-        losses.extend(trace.losses.tolist())
         done += len(trace.losses)
-        now = Progress(state, memory, book, history, losses, seconds)
-        if on_rounds and counted:
-            on_rounds(trace, counted, now)
+        mark = traced.fingerprint(placement.own_copy(state.params)) if on_rounds else None
+        now = Progress(state, memory, book, history, losses, seconds, mark)
+        later.add(count, trace, now, simulator.sizes[phase])
         if trace.failed_loss is not None:
+            later.do()
             raise Diverged(done, trace.failed_loss, now)
+        if on_rounds and reads_state(done):
+            later.do()
+
+
+class _Later:
+    """The host's work that waits until the device has its next task.
+
+    As a context it does the work when the block ends: when the task is given, or can't be.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], None]] = []
+
+    def add(self, fn: Callable[..., None], *args: Any) -> None:
+        self._calls.append(functools.partial(fn, *args))
+
+    def do(self) -> None:
+        while self._calls:
+            self._calls.pop(0)()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        self.do()
 
 
 def as_phases(algorithm: Algorithm | Sequence[Phase]) -> tuple[Phase, ...]:
