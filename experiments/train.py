@@ -60,6 +60,8 @@ MAY_CHANGE = ("rounds", "eval_every")
 """Flags that may differ when a run is resumed: they change no round already done."""
 
 SNAPSHOT_SECONDS = 60.0
+SNAPSHOT_SHARE = 0.01
+"""The longest part of the time that saving snapshots may take."""
 
 FLAGS = flags.FLAGS
 
@@ -69,6 +71,29 @@ class Outcome(NamedTuple):
 
     summary: dict[str, Any]
     failure: str | None  # a sentence for the user if it diverged
+
+
+class SnapshotClock:
+    """When to save a snapshot: once a minute, and more seldom if saving one takes long.
+
+    >>> clock = SnapshotClock(now=0.0)
+    >>> clock.due(59.0), clock.due(60.0)
+    (False, True)
+    >>> clock.saved(began=60.0, ended=63.0)  # of a large model
+    >>> clock.due(362.0), clock.due(363.0)
+    (False, True)
+    """
+
+    def __init__(self, now: float):
+        self._next = now + SNAPSHOT_SECONDS
+
+    def due(self, now: float) -> bool:
+        """Returns whether it is time, in seconds of any clock."""
+        return now >= self._next
+
+    def saved(self, began: float, ended: float) -> None:
+        """Takes note of a snapshot."""
+        self._next = ended + max(SNAPSHOT_SECONDS, (ended - began) / SNAPSHOT_SHARE)
 
 
 def main() -> None:
@@ -198,7 +223,7 @@ def train(
         run.save_figure("labels.png", plots.label_distribution(experiment.label_counts, title))
 
     shown: dict[str, str] = {}
-    saved_at, saving = time.perf_counter(), False
+    clock, saving = SnapshotClock(time.perf_counter()), False
     losses = run.log.train_losses()
     warned = False
     diagnose = _diagnose(run, values, experiment)
@@ -206,7 +231,7 @@ def train(
 
     def reads_state(done: int) -> bool:
         nonlocal saving
-        saving = time.perf_counter() - saved_at > SNAPSHOT_SECONDS
+        saving = clock.due(time.perf_counter())
         return saving or bool(FLAGS.diagnose_every and done % FLAGS.diagnose_every == 0)
 
     def on_rounds(
@@ -214,7 +239,7 @@ def train(
         counted: list[ledger.RoundBytes],
         progress: simulation.Progress,
     ) -> None:
-        nonlocal saved_at, saving, warned
+        nonlocal saving, warned
         recording.write_rounds(run, trace, counted, progress)
         diagnose(progress)
         losses.extend(trace.losses.tolist())
@@ -226,8 +251,9 @@ def train(
             )
             warned = True
         if saving:
+            saving, started = False, time.perf_counter()
             recording.save_snapshot(run, progress)
-            saved_at, saving = time.perf_counter(), False
+            clock.saved(started, time.perf_counter())
         shown["loss"] = f"{trace.losses[-1]:.4g}"
         if progress.ledger.rejected:
             shown["rejected"] = str(progress.ledger.rejected)
