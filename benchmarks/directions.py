@@ -51,10 +51,8 @@ def panel(workdir: Path) -> dict[str, Any]:
         curve["round"] = rounds
         curve["accuracy"].append([round(row["test_accuracy"], 4) for row in history])
     values = json.loads((paths[0].parent / "flags.json").read_text())
-    title = (
-        f"{values['task']}, {values['model']}, K={values['local_steps']}, "
-        f"P={values['num_perturbations']}"
-    )
+    data = Path(values["data_dir"]).name if values["data_dir"] else values["task"]
+    title = f"{data}, {values['model']}, K={values['local_steps']}, P={values['num_perturbations']}"
     return {"title": title, "curves": curves}
 
 
