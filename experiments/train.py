@@ -157,6 +157,11 @@ def check_diagnose_every(values: config.Values) -> None:
         )
 
 
+def diagnosis_due(done: int) -> bool:
+    """Returns whether --diagnose_every asks for a diagnosis after so many rounds."""
+    return FLAGS.diagnose_every > 0 and done % FLAGS.diagnose_every == 0
+
+
 def default_workdir(values: config.Values, auto_lr: bool = False) -> Path:
     """Returns a folder whose name tells the run and whose digest tells its flags."""
     fixed = {name: value for name, value in values.items() if name not in MAY_CHANGE}
@@ -232,7 +237,7 @@ def train(
     def reads_state(done: int) -> bool:
         nonlocal saving
         saving = clock.due(time.perf_counter())
-        return saving or bool(FLAGS.diagnose_every and done % FLAGS.diagnose_every == 0)
+        return saving or diagnosis_due(done)
 
     def on_rounds(
         trace: simulation.Trace,
@@ -320,8 +325,8 @@ def _diagnose(
     run: Run, values: config.Values, experiment: config.Experiment
 ) -> Callable[[simulation.Progress], None]:
     """Returns what diagnoses a progress and logs it, where one is due and not yet logged."""
-    every, simulator = FLAGS.diagnose_every, experiment.simulator
-    if not every:
+    simulator = experiment.simulator
+    if not FLAGS.diagnose_every:
         return lambda progress: None
     logged = {row["round"] for row in recording.diagnoses(run)}
     phase_diagnose = functools.cache(
@@ -332,7 +337,7 @@ def _diagnose(
 
     def diagnose(progress: simulation.Progress) -> None:
         done = progress.ledger.num_rounds
-        if done % every or done in logged:
+        if not diagnosis_due(done) or done in logged:
             return
         phase = simulation.phase_at(simulator.phases, done)
         state = jax.tree.map(np.asarray, progress.state)

@@ -9,6 +9,7 @@ their work while the device does the next rounds; a run may be taken up again fr
 `Progress`.
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -432,15 +433,16 @@ def run(
         if on_record:
             on_record(found)
 
-    later = _Later()  # what the host does once the device has its next task
+    # What the host does once the device has its next task, or can't be given one.
+    later = contextlib.ExitStack()
     while True:
         evaluated = history[-1].round if history else 0
         if done != evaluated and (done == rounds or (eval_every and done % eval_every == 0)):
             with later:
                 metrics = simulator.measure(state.params)
-            later.add(record, done, jax.block_until_ready(metrics))
+            later.callback(record, done, jax.block_until_ready(metrics))
         if done >= rounds:
-            later.do()
+            later.close()
             return Progress(state, memory, book, history, losses, seconds)
 
         phase = phase_at(simulator.phases, done)
@@ -462,35 +464,12 @@ def run(
         done += len(trace.losses)
         mark = traced.fingerprint(placement.own_copy(state.params)) if on_rounds else None
         now = Progress(state, memory, book, history, losses, seconds, mark)
-        later.add(count, trace, now, simulator.sizes[phase])
+        later.callback(count, trace, now, simulator.sizes[phase])
         if trace.failed_loss is not None:
-            later.do()
+            later.close()
             raise Diverged(done, trace.failed_loss, now)
         if on_rounds and reads_state(done):
-            later.do()
-
-
-class _Later:
-    """The host's work that waits until the device has its next task.
-
-    As a context it does the work when the block ends: when the task is given, or can't be.
-    """
-
-    def __init__(self) -> None:
-        self._calls: list[Callable[[], None]] = []
-
-    def add(self, fn: Callable[..., None], *args: Any) -> None:
-        self._calls.append(functools.partial(fn, *args))
-
-    def do(self) -> None:
-        while self._calls:
-            self._calls.pop(0)()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        self.do()
+            later.close()
 
 
 def as_phases(algorithm: Algorithm | Sequence[Phase]) -> tuple[Phase, ...]:
