@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,15 +9,55 @@ import pytest
 from commands import Commands
 
 
+def cache_folder() -> Path:
+    """Returns where compiled programs are kept from one run of the tests to the next.
+
+    `ZOFL_JAX_TEST_CACHE` names another folder: an empty one measures a cold start.
+    """
+    if named := os.environ.get("ZOFL_JAX_TEST_CACHE"):
+        return Path(named).absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "zofl_jax" / "tests"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Most of the suite's time is compilation: a second run takes it from here.
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     # An entry may be cut short: by the end of a run, or while another process writes it. Then
     # JAX says so and compiles anew.
     config.addinivalue_line(
         "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache entry"
     )
+    config.addinivalue_line(
+        "markers", "optimized: the test is of the programs that users run, with all optimisations"
+    )
+    config.addinivalue_line(
+        "markers", "xdist_group(name): tests of a group run in one process and share what it holds"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lets the tests of a file share a process, unless they are of a group of their own."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Leaves out LLVM's optimisations, half of a compilation, but for tests marked `optimized`.
+
+    Those promise bits, measure time or use threefry4x32: unoptimised, XLA's fusion of that
+    generator recomputes without end.
+    """
+    quick = item.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
+    try:
+        return (yield)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -27,21 +68,14 @@ def x64() -> Iterator[None]:
 
 
 @pytest.fixture
-def quick_compile() -> Iterator[None]:
-    """Halves compilation by leaving out LLVM's optimisations, for tests with a tolerance.
-
-    Not for threefry4x32: unoptimised, XLA's fusion of it recomputes without end.
-    """
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def quick_compile() -> None:
+    """What all tests do that are not marked `optimized`."""
 
 
 @pytest.fixture(scope="module")
-def cache(pytestconfig: pytest.Config) -> Path:
+def cache() -> Path:
     """Where commands keep what they compile, for all tests."""
-    return pytestconfig.cache.mkdir("zofl_jax")
+    return cache_folder()
 
 
 @pytest.fixture

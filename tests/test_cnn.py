@@ -39,7 +39,7 @@ def test_param_count_and_logits_shape(model, shape, expected):
 
 
 @pytest.mark.parametrize(("padding", "channels", "size"), CONVOLUTIONS)
-def test_convolution_and_its_derivatives_equal_flax(quick_compile, padding, channels, size):
+def test_convolution_and_its_derivatives_equal_flax(padding, channels, size):
     x, dx = normal(0, (2, 7, 6, channels)), normal(1, (2, 7, 6, channels))
     ours = cnn.Conv(4, size, padding)
     theirs = nn.Conv(4, (size, size), padding=padding)
@@ -70,7 +70,7 @@ def test_max_pool_equals_flax(shape):
     np.testing.assert_array_equal(pullback(cotangent)[0], reference(cotangent)[0])
 
 
-def test_pool_before_bias_and_relu_changes_nothing(quick_compile):
+def test_pool_before_bias_and_relu_changes_nothing():
     x = normal(0, (2, 8, 8, 1))
     layer = cnn.PooledConv(4, 3, "SAME")
     params = layer.init(jax.random.key(1), x)
@@ -83,7 +83,7 @@ def test_pool_before_bias_and_relu_changes_nothing(quick_compile):
     ("model", "shape"),
     [(cnn.MnistCnn(10), (12, 12, 1)), (cnn.LeNet(3), (16, 16, 3))],
 )
-def test_own_params_under_vmap_equal_a_loop(quick_compile, model, shape):
+def test_own_params_under_vmap_equal_a_loop(model, shape):
     images = normal(0, (3, 2, *shape))
     params = jax.vmap(lambda key: model.init(key, images[0]))(
         jax.random.split(jax.random.key(1), 3)
@@ -99,7 +99,7 @@ def test_own_params_under_vmap_equal_a_loop(quick_compile, model, shape):
     ("model", "shape"),
     [(mlp.MLP(3), (4, 4, 1)), (cnn.MnistCnn(3), (8, 8, 1)), (cnn.LeNet(3), (16, 16, 3))],
 )
-def test_float64(x64, quick_compile, model, shape):
+def test_float64(x64, model, shape):
     images = normal(0, (1, *shape), jnp.float64)
     params = jax.jit(model.init)(jax.random.key(1), images)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
@@ -152,14 +152,14 @@ def test_layers_scale_by_their_own_fan_in():
 
 
 @pytest.mark.parametrize("form", sorted(set(convolutions.STAGES) - {"xla", "im2col, hoisted"}))
-def test_benchmarked_forms_compute_the_same_stage(quick_compile, form):
+def test_benchmarked_forms_compute_the_same_stage(form):
     x, kernel, bias = normal(0, (2, 8, 8, 3)), normal(1, (5, 5, 3, 4)), normal(2, (4,))
     expected = jax.jit(convolutions.STAGES["xla"])(x, kernel, bias)
     got = jax.jit(convolutions.STAGES[form])(x, kernel, bias)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_hoisted_patches_compute_the_same_stage(quick_compile):
+def test_hoisted_patches_compute_the_same_stage():
     x, kernel, bias = normal(0, (2, 8, 8, 1)), normal(1, (5, 5, 1, 4)), normal(2, (4,))
     windows = convolutions.patches(convolutions.pad(x, kernel), 5, 5)
     expected = convolutions.STAGES["xla"](x, kernel, bias)

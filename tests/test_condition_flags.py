@@ -73,7 +73,7 @@ def test_scaffold_counts_who_is_heard_under_any_rule():
     np.testing.assert_allclose(broadcast["control"], 0.75)
 
 
-def test_a_server_survives_attackers_and_counts_what_it_rejects(quick_compile):
+def test_a_server_survives_attackers_and_counts_what_it_rejects():
     simulator, progress = ran("--attack=nan", "--malicious_share=0.34", "--aggregator=median")
     malicious = np.asarray(simulator.conditions.adversary.malicious)
     assert malicious.sum() == 2
@@ -83,7 +83,7 @@ def test_a_server_survives_attackers_and_counts_what_it_rejects(quick_compile):
 
 
 @pytest.mark.parametrize("compression", ["float16", "int8"])
-def test_bad_messages_are_seen_in_compressed_uploads(compression, quick_compile):
+def test_bad_messages_are_seen_in_compressed_uploads(compression):
     arguments = f"--compression={compression}", "--attack=out_of_range", "--malicious_share=0.34"
     simulator, progress = ran(*arguments, rounds=1)
     malicious = np.asarray(simulator.conditions.adversary.malicious)
@@ -91,7 +91,7 @@ def test_bad_messages_are_seen_in_compressed_uploads(compression, quick_compile)
     assert progress.ledger.rejected == expected > 0
 
 
-def test_private_clients_in_a_secure_sum(quick_compile):
+def test_private_clients_in_a_secure_sum():
     simulator, progress = ran(
         "--dp=client", "--dp_noise=2", "--dp_clip=5", "--secure_sum", "--dropout=0.2"
     )
@@ -101,7 +101,7 @@ def test_private_clients_in_a_secure_sum(quick_compile):
     assert sum(progress.ledger.contributors.values()) == 3
 
 
-def test_private_examples(quick_compile):
+def test_private_examples():
     simulator, progress = ran("--dp=example", "--dp_noise=4", "--local_steps=2", rounds=2)
     spent = progress.history[-1].epsilon
     smallest = int(np.diff(np.asarray(simulator.task.train.offsets)).min())
@@ -124,7 +124,7 @@ def test_the_private_bits_of_feedsign_are_accounted_for():
     assert spent(book) == privacy.bit_epsilon(6, epsilon=0.5, delta=1e-5)
 
 
-def test_clients_that_come_and_go(quick_compile):
+def test_clients_that_come_and_go():
     values = resolve(
         *SMALL,
         "--dropout=0.1",

@@ -100,7 +100,7 @@ def bad_numbers(key, uploads, malicious, present):
     return jnp.where(bad, uploads.at[:, 0, :2].set(BAD[:, None]), uploads)
 
 
-def test_a_bad_message_loses_nothing_but_its_sender(quick_compile):
+def test_a_bad_message_loses_nothing_but_its_sender():
     """The run has the bits of the run in which the sender's uploads never arrived."""
     simulator = make(tampered(attack=bad_numbers)._replace(max_message=1e3))
     state, (trace,) = advance(simulator, start(simulator), [ROUNDS])
@@ -116,7 +116,7 @@ def test_a_bad_message_loses_nothing_but_its_sender(quick_compile):
     assert trace.failed_loss is None
 
 
-def test_without_anything_wrong_every_bit_is_that_of_a_plain_run(quick_compile):
+def test_without_anything_wrong_every_bit_is_that_of_a_plain_run():
     everything = Conditions(EVERYONE, attacks.Adversary(jnp.zeros(POPULATION, bool)), 1e6)
     plain, conditioned = make(Conditions()), make(everything)
     expected, _ = advance(plain, start(plain), [ROUNDS])
@@ -124,7 +124,7 @@ def test_without_anything_wrong_every_bit_is_that_of_a_plain_run(quick_compile):
     assert_same_bits(state, expected)
 
 
-def test_a_round_of_bad_messages_alone_has_diverged(quick_compile):
+def test_a_round_of_bad_messages_alone_has_diverged():
     everybody = attacks.Adversary(jnp.ones(POPULATION, bool), attacks.constant(np.nan))
     simulator = make(Conditions(adversary=everybody))
     with pytest.raises(simulation.Diverged, match="round 0 diverged") as failure:
@@ -133,7 +133,7 @@ def test_a_round_of_bad_messages_alone_has_diverged(quick_compile):
 
 
 @pytest.mark.parametrize("method", ["signs", "secure sum"])
-def test_a_loss_that_is_not_finite_stops_nobody_else(quick_compile, method):
+def test_a_loss_that_is_not_finite_stops_nobody_else(method):
     """Where uploads can't say so; the loss is the mean of the others'."""
     methods = {
         "signs": lambda task: feedsign(
@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_nobody_else(quick_compile, method):
     np.testing.assert_allclose(trace.losses[0], expected.losses[0], rtol=1e-5)
 
 
-def test_a_round_without_uploads_is_a_round_of_zeros(quick_compile):
+def test_a_round_without_uploads_is_a_round_of_zeros():
     """The momentum of the rounds before goes on; the loss is that of the work in vain."""
     nobody = jnp.ones(POPULATION, bool)
 
@@ -174,7 +174,7 @@ def test_a_round_without_uploads_is_a_round_of_zeros(quick_compile):
     assert_same_bits(copy(replayed), state)
 
 
-def test_only_clients_that_counted_remember(quick_compile):
+def test_only_clients_that_counted_remember():
     """Absent and rejected ones alike have their memory as it was."""
     for conditions in (
         Conditions(attend=without(TWO)),
@@ -190,7 +190,7 @@ def test_only_clients_that_counted_remember(quick_compile):
         assert sum(times[client] for client in BOTH) > 0
 
 
-def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path, quick_compile):
+def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path):
     conditions = tampered(attack=attacks.constant(np.nan))
     options = {"epsilon": lambda book: 0.5 * book.num_rounds}
     simulator = make(conditions, **options)
@@ -222,7 +222,7 @@ def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path, quick
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
-def test_scaffold_s_control_is_the_mean_of_the_clients_whoever_is_absent(weighting, quick_compile):
+def test_scaffold_s_control_is_the_mean_of_the_clients_whoever_is_absent(weighting):
     """c = Σ c_i / N over the population, also where some of a cohort are lost or too late."""
     task = softmax_task()
     attend = participation.partial(POPULATION, COHORT, dropout=0.3, deadline=1.5)
@@ -241,7 +241,7 @@ def test_scaffold_s_control_is_the_mean_of_the_clients_whoever_is_absent(weighti
 
 
 @pytest.mark.parametrize("method", [scalars, gradients])
-def test_attacks_and_rules_are_for_scalars_and_for_models(quick_compile, method):
+def test_attacks_and_rules_are_for_scalars_and_for_models(method):
     """A round's broadcast is the rule on the attacked uploads, whatever they are."""
     task, rule = softmax_task(), aggregation.krum(0)
     seen = {}
@@ -264,7 +264,7 @@ def test_attacks_and_rules_are_for_scalars_and_for_models(quick_compile, method)
 
 
 @pytest.mark.parametrize(("flipping", "sign"), [(2, 1), (4, -1)])
-def test_a_majority_of_signs_withstands_a_minority_that_flips_them(quick_compile, flipping, sign):
+def test_a_majority_of_signs_withstands_a_minority_that_flips_them(flipping, sign):
     """Of six clients with the same loss: the broadcast is the honest one, or its opposite."""
     task = quadratic(
         jax.random.key(0), dim=8, effective_rank=4.0, num_clients=POPULATION, heterogeneity=0.0
@@ -285,7 +285,7 @@ def test_a_majority_of_signs_withstands_a_minority_that_flips_them(quick_compile
     np.testing.assert_array_equal(received, sign * sent)
 
 
-def test_flipped_labels_are_those_of_a_client_that_holds_them(quick_compile):
+def test_flipped_labels_are_those_of_a_client_that_holds_them():
     task = softmax_task()
     owners = np.repeat(np.arange(POPULATION), CLIENT_SIZES)
     labels = np.array(task.train.examples["label"])
@@ -304,7 +304,7 @@ def test_flipped_labels_are_those_of_a_client_that_holds_them(quick_compile):
 # Participation.
 
 
-def test_the_ledger_counts_what_was_sent(quick_compile):
+def test_the_ledger_counts_what_was_sent():
     """Those not there neither send nor receive; a lost upload isn't sent, a late one is."""
     trace = np.ones((3, POPULATION), bool)
     trace[1, :4] = False
@@ -337,7 +337,7 @@ def late_setup(make_method):
     return method, make(Conditions(attend=attend, late_uploads=True), task, delayed)
 
 
-def test_late_uploads_move_the_model_along_their_own_directions(quick_compile):
+def test_late_uploads_move_the_model_along_their_own_directions():
     """x − lr · the mean of all uploads' directions, in which a late one weighs a half."""
     method, simulator = late_setup(scalars)
     progress = simulator.start(None)
@@ -378,7 +378,7 @@ def one_batch(simulator, r, client):
     return batches.sample(key, simulator.task.train, client, BATCH_SIZE, 1)
 
 
-def test_clients_remember_what_they_uploaded_late(quick_compile):
+def test_clients_remember_what_they_uploaded_late():
     """It will be used, so it is not to be sent again; what was lost is."""
     attend = participation.partial(POPULATION, COHORT, deadline=1.0, spread=1.0, dropout=0.3)
     method = with_late_uploads(counting()._replace(aggregate=aggregation.mean), 0.5)
@@ -403,7 +403,7 @@ def test_a_schedule_of_the_learning_rate_follows_the_rounds_with_late_uploads():
     assert int(state.round) == 4
 
 
-def test_late_uploads_replay_and_resume_to_the_same_bits(tmp_path, quick_compile):
+def test_late_uploads_replay_and_resume_to_the_same_bits(tmp_path):
     _, simulator = late_setup(gradients)
     with open_run(tmp_path / "run", {}) as run:
         progress, _ = recording.restore(run, simulator)

@@ -244,6 +244,7 @@ def test_the_least_loss_of_the_quadratic_is_known():
     assert task.loss({"x": jnp.zeros(9)}, task.test) > experiment.minimum
 
 
+@pytest.mark.optimized
 def test_the_seed_draws_directions_and_data_and_the_generator_directions_alone():
     def drawn(*arguments):
         experiment = build("--task=quadratic", "--quadratic_dim=20", *arguments)

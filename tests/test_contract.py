@@ -2,6 +2,7 @@
 
 import collections
 import functools
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,39 @@ TRACES = {"client": 3, "aggregate": 3, "server": 1}
 """Of the functions in a run: one is compiled; clients and aggregation are traced twice more for
 shapes alone, of the messages and of a dispatch's records."""
 
-rows = pytest.mark.parametrize("name", METHODS)
+OPTIMIZED = {
+    "decomfl, local steps and momentum",
+    "decomfl, forward differences and Adam",
+    "hiso",
+    "fedkseed pro",
+    "feedsign, private",
+    "decomfl in bfloat16, stochastic",
+    "fedavg",
+    "scaffold",
+    "decomfl, private clients in a secure sum",
+}
+"""Methods whose runs keep their bits in the programs that users run, one of each kind; the others
+in programs compiled in half the time."""
+
+
+def methods(optimized: Collection[str] = ()) -> pytest.MarkDecorator:
+    """Returns the parameter `name`, every method; those of one method share a process."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(
+                name,
+                marks=[
+                    pytest.mark.xdist_group(f"contract of {name}"),
+                    *([pytest.mark.optimized] if name in optimized else []),
+                ],
+            )
+            for name in METHODS
+        ],
+    )
+
+
+rows, runs = methods(), methods(OPTIMIZED)
 
 
 @functools.cache
@@ -83,7 +116,7 @@ def ran(name: str) -> Ran:
     return Ran(algorithm, simulator, initial, final, middle, joined(traces), traced)
 
 
-@rows
+@runs
 def test_it_learns_the_digits(name):
     run, method = ran(name), METHODS[name]
     before = run.simulator.evaluate(run.initial[0].params)["loss"]
@@ -91,8 +124,14 @@ def test_it_learns_the_digits(name):
     assert progress.history[-1].metrics["loss"] < 0.8 * before
 
 
+@functools.cache
+def client(name: str) -> Any:
+    """Returns the client of a method's run, compiled."""
+    return jax.jit(ran(name).algorithm.client)
+
+
 @rows
-def test_it_descends_on_the_quadratic(name, quick_compile):
+def test_it_descends_on_the_quadratic(name):
     method = METHODS[name]
     num_clients, cohort = method.clients
     problem = quadratic.quadratic(
@@ -109,12 +148,12 @@ def test_it_descends_on_the_quadratic(name, quick_compile):
     assert after - problem.minimum < 0.5 * (before - problem.minimum)
 
 
-@rows
+@runs
 def test_its_functions_are_traced_once_for_all_rounds(name):
     assert ran(name).traced == [TRACES] * len(PIECES)
 
 
-@rows
+@runs
 def test_its_types_are_stable(name):
     """What a round and a client return has the types of what they are given."""
     run = ran(name)
@@ -126,7 +165,7 @@ def test_its_types_are_stable(name):
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
 
 
-@rows
+@runs
 def test_it_resumes_to_the_same_bits(name, tmp_path):
     """From a snapshot on disk, and in dispatches of other lengths."""
     run = ran(name)
@@ -139,7 +178,7 @@ def test_it_resumes_to_the_same_bits(name, tmp_path):
     assert_same_bits(copy((state, memory)), run.final)
 
 
-@rows
+@runs
 def test_it_replays_to_the_same_bits(name):
     """From the initial params, the seeds and the broadcasts alone."""
     run = ran(name)
@@ -148,7 +187,7 @@ def test_it_replays_to_the_same_bits(name):
 
 
 @rows
-def test_the_ledger_counts_the_bytes_of_its_messages(name, quick_compile):
+def test_the_ledger_counts_the_bytes_of_its_messages(name):
     """The upload as a client makes it, the broadcast as it is logged, and the sync message."""
     run = ran(name)
     algorithm, (sizes,) = run.algorithm, run.simulator.sizes
@@ -156,7 +195,7 @@ def test_the_ledger_counts_the_bytes_of_its_messages(name, quick_compile):
     key = jax.random.key(1)
     batches = first_batches(run)
     own = jax.tree.map(lambda m: m[0], memory)
-    upload = jax.jit(algorithm.client)(key, state, own, batches, key).upload
+    upload = client(name)(key, state, own, batches, key).upload
     assert len(serialised(upload)) == sizes.upload
     assert len(run.trace.seeds[0].tobytes()) == sizes.seed
     logged = jax.tree.map(lambda x: x[0], run.trace.broadcasts)
@@ -169,7 +208,7 @@ def test_the_ledger_counts_the_bytes_of_its_messages(name, quick_compile):
 
 
 @rows
-def test_a_client_that_was_sent_the_sync_message_is_up_to_date(name, quick_compile):
+def test_a_client_that_was_sent_the_sync_message_is_up_to_date(name):
     """Restored from it, its upload is the one it makes in the present state."""
     run = ran(name)
     algorithm = run.algorithm
@@ -182,15 +221,14 @@ def test_a_client_that_was_sent_the_sync_message_is_up_to_date(name, quick_compi
     restored = algorithm.sync.restore(initial, message)
     key, own = jax.random.key(1), jax.tree.map(lambda m: m[0], memory)
     batches = first_batches(run)
-    client = jax.jit(algorithm.client)
-    expected = client(key, state, own, batches, key).upload
-    actual = client(key, restored, own, batches, key).upload
+    expected = client(name)(key, state, own, batches, key).upload
+    actual = client(name)(key, restored, own, batches, key).upload
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_keeps_the_contract_on_a_quadratic(name, quick_compile):
+def test_a_variant_keeps_the_contract_on_a_quadratic(name):
     """It descends, is traced once, keeps its types and replays. The params are a matrix."""
     method, counts = VARIANTS[name], collections.Counter()
     num_clients, cohort = method.clients

@@ -52,7 +52,7 @@ def derivatives(convolve):
     ],
     ids=["alone", "images", "kernels", "both", "images and tangents", "other axes"],
 )
-def test_it_and_its_derivatives_are_those_of_xla(x64, quick_compile, axes):
+def test_it_and_its_derivatives_are_those_of_xla(x64, axes):
     shapes = [*SHAPES, *SHAPES]
     args = [normal(i, shape) for i, shape in enumerate(shapes)]
     functions = [derivatives(ours), derivatives(theirs)]

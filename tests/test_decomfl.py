@@ -49,7 +49,7 @@ def counted(perturbation: perturbations.Perturbation):
 
 
 @pytest.mark.parametrize("local_steps", [1, 3])
-def test_the_update_after_the_last_step_is_never_computed(quick_compile, local_steps):
+def test_the_update_after_the_last_step_is_never_computed(local_steps):
     """A client draws K·P directions to measure and expands K − 1 times; the server K times.
 
     Seven clients of a vmap share all directions.
@@ -93,9 +93,7 @@ def test_params_are_never_copied_for_each_client_at_the_first_step(make, clients
     ("name", "clients_at_once"),
     [("forward_difference", 1), ("projection", 3), ("forward_gradient", 3)],
 )
-def test_how_many_clients_are_evaluated_at_once_changes_nothing(
-    quick_compile, name, clients_at_once
-):
+def test_how_many_clients_are_evaluated_at_once_changes_nothing(name, clients_at_once):
     """Seven clients, in groups that don't divide seven too; up to the order of sums."""
     task = softmax_task()
     smoothing = {"smoothing": 0.1} if name == "forward_difference" else {}
@@ -117,7 +115,7 @@ def test_clients_in_groups_of_none_are_refused():
         estimators.projection(1, clients_at_once=0)
 
 
-def test_one_step_of_the_mean_is_one_step_on_the_mean_loss(quick_compile):
+def test_one_step_of_the_mean_is_one_step_on_the_mean_loss():
     """At K = 1 scalars are linear in the loss: averaging them averages the objectives."""
     task = softmax_task()
     algorithm = decomfl(task.loss, estimators.projection(3), optax.sgd(0.1))
@@ -130,7 +128,7 @@ def test_one_step_of_the_mean_is_one_step_on_the_mean_loss(quick_compile):
     np.testing.assert_allclose(mean, alone, atol=1e-5)
 
 
-def test_a_round_advances_the_optimiser_by_k_steps(quick_compile):
+def test_a_round_advances_the_optimiser_by_k_steps():
     task = softmax_task()
     algorithm = decomfl(task.loss, estimators.projection(2), optax.adam(0.1), local_steps=3)
     state = algorithm.init(task.init(KEY))
@@ -142,7 +140,7 @@ def test_a_round_advances_the_optimiser_by_k_steps(quick_compile):
 
 
 @pytest.mark.parametrize("local_steps", [1, 3])
-def test_a_client_reports_its_mean_loss_and_keeps_nothing(quick_compile, local_steps):
+def test_a_client_reports_its_mean_loss_and_keeps_nothing(local_steps):
     task = softmax_task()
     # With a rate of nothing, all local steps are at the initial params.
     algorithm = decomfl(

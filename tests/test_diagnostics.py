@@ -96,7 +96,7 @@ def test_updates_along_gaussian_directions(P):
     assert found.stability == pytest.approx(expected, rel=5 * (4 / (2000 * P)) ** 0.5)
 
 
-def test_updates_are_those_of_the_present_state(quick_compile):
+def test_updates_are_those_of_the_present_state():
     """A rate that follows the rounds, a curvature and moments come from the state."""
 
     def of_start_and_state(algorithm, **changed):

@@ -29,8 +29,6 @@ DIFFERENCES = {
 SAMPLES = 20_000
 KEY = keys.round_key(keys.root(5).shared, 0)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 PARAMS = {"w": jnp.array([0.5, -1.0, 0.2, 1.5]), "b": jnp.array(0.3)}
 DIM = 5
 

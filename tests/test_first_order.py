@@ -37,28 +37,28 @@ def run(algorithm, rounds):
     return jax.jit(lambda: jax.lax.fori_loop(0, rounds, body, (state, memory)))()
 
 
-def test_fedavg_with_one_step_is_fedsgd(quick_compile):
+def test_fedavg_with_one_step_is_fedsgd():
     averaged, _ = run(fedavg(loss, optax.sgd(0.3)), 4)
     stepped, _ = run(fedsgd(loss, optax.sgd(0.3)), 4)
     np.testing.assert_allclose(averaged.params, stepped.params, rtol=1e-5)
     assert int(averaged.round) == 4
 
 
-def test_fedavg_is_the_mean_of_the_clients_models(quick_compile):
+def test_fedavg_is_the_mean_of_the_clients_models():
     """Against local descents by hand."""
     after, _ = run(fedavg(loss, optax.sgd(0.3), local_steps=5), 1)
     models = CENTERS * (1 - (1 - 0.3 * CURVATURES) ** 5)
     np.testing.assert_allclose(after.params, models.mean(0), rtol=1e-5)
 
 
-def test_fedprox_holds_clients_back(quick_compile):
+def test_fedprox_holds_clients_back():
     """With λ the local problem is ½ a (y − b)² + ½ λ y², solved by many steps."""
     after, _ = run(fedavg(loss, optax.sgd(0.3), local_steps=200, proximal=0.5), 1)
     models = CURVATURES * CENTERS / (CURVATURES + 0.5)
     np.testing.assert_allclose(after.params, models.mean(0), rtol=1e-4)
 
 
-def test_scaffold_repairs_the_drift_of_fedavg(quick_compile):
+def test_scaffold_repairs_the_drift_of_fedavg():
     """Clients of different curvature: FedAvg stays away from the minimum, SCAFFOLD reaches it."""
     drifted, _ = run(fedavg(loss, optax.sgd(0.3), local_steps=10), 300)
     repaired, controls = run(scaffold(loss, 0.3, share=1.0, local_steps=10), 300)
@@ -77,7 +77,7 @@ def test_scaffold_repairs_the_drift_of_fedavg(quick_compile):
         lambda at_once: scaffold(loss, 0.3, share=1.0, local_steps=2, clients_at_once=at_once),
     ],
 )
-def test_how_many_clients_are_trained_at_once_changes_nothing(quick_compile, make):
+def test_how_many_clients_are_trained_at_once_changes_nothing(make):
     """One by one, as convolutional models are on CPU, or in groups that don't divide three."""
     together, _ = run(make(None), 2)
     for at_once in (1, 2):
@@ -107,7 +107,7 @@ def test_adaptive_servers_follow_their_formulas(make, second_moment):
     np.testing.assert_allclose(state.params, x, rtol=1e-5)
 
 
-def test_error_feedback_sends_everything_in_the_end(quick_compile):
+def test_error_feedback_sends_everything_in_the_end():
     """What was sent and what is left add up to all that was to be sent."""
     inner = fedsgd(lambda x, batch: jnp.sum(x * batch[0]), optax.sgd(1.0))
     algorithm = compression.compressed(inner, compression.top_k(0.25), error_feedback=True)

@@ -10,6 +10,8 @@ from zofl_jax import generators, keys
 
 SHAPES = [(), (1,), (7,), (3, 5), (4, 0), (2, 3, 4)]
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize("impl", keys.IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES)

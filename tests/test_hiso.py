@@ -39,7 +39,7 @@ def test_without_learning_it_is_decomfl_bit_for_bit():
 
 
 @pytest.mark.parametrize("learn_from", ["first", "last", "all"])
-def test_the_curvature_follows_its_formula(quick_compile, learn_from):
+def test_the_curvature_follows_its_formula(learn_from):
     """H ← (1 − ν) H + ν (Δx² + ε), in the order of the local steps."""
     estimator = central(perturbations.gaussian())
     algorithm = hiso(
@@ -56,7 +56,7 @@ def test_the_curvature_follows_its_formula(quick_compile, learn_from):
     np.testing.assert_allclose(after.opt_state.curvature, expected, rtol=1e-5)
 
 
-def test_a_step_is_preconditioned_by_the_curvature(quick_compile):
+def test_a_step_is_preconditioned_by_the_curvature():
     """E[Δx] = H⁻¹ ∇f, within 5 standard errors over 4,000 directions."""
     curvature, slope = jnp.array([4.0, 1.0, 0.25]), jnp.array([1.0, -2.0, 0.5])
     algorithm = hiso(
@@ -76,7 +76,7 @@ def test_a_step_is_preconditioned_by_the_curvature(quick_compile):
     assert (abs(steps.mean(0) - slope / curvature) <= 5 * errors).all()
 
 
-def test_low_rank_directions_are_stretched_by_the_curvature(quick_compile):
+def test_low_rank_directions_are_stretched_by_the_curvature():
     """Scalars and steps are those of the directions H^(−1/2) A Bᵀ, formed one by one."""
     low_rank, rate = perturbations.low_rank(2), 0.1
     params, curvature, data = (

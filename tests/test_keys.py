@@ -16,6 +16,8 @@ from zofl_jax import keys
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "keys.json").read_text())
 PARAMS = {"Dense_0": {"bias": jnp.zeros(3), "kernel": jnp.zeros((5, 3))}, "scale": jnp.zeros(())}
 
+pytestmark = pytest.mark.optimized
+
 
 def words(key) -> str:
     """Returns the words of a key, or of several, in hexadecimal."""

@@ -24,7 +24,7 @@ def task():
     return language.classification(model, data, PROMPT, *shares).task
 
 
-def test_adapters_are_trained_by_fedavg(task, quick_compile):
+def test_adapters_are_trained_by_fedavg(task):
     simulator = simulation.make_simulator(
         fedavg(task.loss, optax.adam(0.02), local_steps=2),
         task,

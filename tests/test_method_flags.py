@@ -136,7 +136,7 @@ def play(algorithm, start, rounds):
     ],
     ids=lambda arguments: arguments[0].partition("=")[2],
 )
-def test_a_scheduled_rate_is_the_rate_of_its_rounds(quick_compile, arguments):
+def test_a_scheduled_rate_is_the_rate_of_its_rounds(arguments):
     """As if from round 2 on the same run had been given the other rate."""
     task = softmax_task()
 

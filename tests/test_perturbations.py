@@ -43,7 +43,7 @@ def samples(name: str) -> np.ndarray:
 
 
 def compiled_anew(name: str):
-    """Returns a sampler with LLVM's optimisations: without, normals differ by an ulp."""
+    """Returns a sampler for tests with LLVM's optimisations: without, normals differ by an ulp."""
     return jax.jit(functools.partial(PERTURBATIONS[name].sample))
 
 
@@ -52,7 +52,7 @@ def key(impl: str = "threefry2x32") -> jax.Array:
 
 
 @pytest.mark.parametrize("name", PERTURBATIONS)
-def test_covariance_is_the_identity(quick_compile, name):
+def test_covariance_is_the_identity(name):
     """Within and across leaves: each product z_i z_j has mean δ_ij, by 5 standard errors."""
     z = samples(name)
     assert z.shape == (SAMPLES, DIM)
@@ -68,7 +68,7 @@ def test_covariance_is_the_identity(quick_compile, name):
 @pytest.mark.parametrize(
     ("name", "fourth_moment"), [("gaussian", 3), ("rademacher", 1), ("sphere", 3 * DIM / (DIM + 2))]
 )
-def test_fourth_moment_tells_the_distributions_apart(quick_compile, name, fourth_moment):
+def test_fourth_moment_tells_the_distributions_apart(name, fourth_moment):
     """E z⁴ of one coordinate."""
     z = samples(name)
     fourth = np.mean(z**4, axis=1)  # the mean over coordinates, one value a sample
@@ -76,14 +76,14 @@ def test_fourth_moment_tells_the_distributions_apart(quick_compile, name, fourth
     assert abs(fourth.mean() - fourth_moment) <= 5 * standard_error + 1e-12
 
 
-def test_sphere_has_radius_root_d(quick_compile):
+def test_sphere_has_radius_root_d():
     np.testing.assert_allclose(np.linalg.norm(samples("sphere"), axis=1), DIM**0.5, rtol=1e-6)
     lengths = np.linalg.norm(samples("gaussian"), axis=1)
     assert lengths.std() > 0.5, "all leaves together are on the sphere, not the normals"
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 100])
-def test_signs_use_each_bit_of_each_word_once(quick_compile, size):
+def test_signs_use_each_bit_of_each_word_once(size):
     """z[i] is 1 − 2 times bit i mod 32 of word i div 32 of the leaf's own words."""
     params = {"w": jnp.zeros(size)}
     z = np.asarray(SAMPLE["rademacher"](key(), params)["w"])
@@ -95,7 +95,7 @@ def test_signs_use_each_bit_of_each_word_once(quick_compile, size):
 
 @pytest.mark.parametrize("name", PERTURBATIONS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_leaves_keep_their_type_and_lose_only_its_precision(quick_compile, name, dtype):
+def test_leaves_keep_their_type_and_lose_only_its_precision(name, dtype):
     """A narrow leaf gets the float32 direction, rounded."""
     sample = SAMPLE[name]
     narrow = sample(key(), jax.tree.map(lambda x: x.astype(dtype), PARAMS))
@@ -106,7 +106,7 @@ def test_leaves_keep_their_type_and_lose_only_its_precision(quick_compile, name,
 
 
 @pytest.mark.parametrize("name", PERTURBATIONS)
-def test_leaves_of_float64(x64, quick_compile, name):
+def test_leaves_of_float64(x64, name):
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float64), PARAMS)
     z = SAMPLE[name](key(), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(z)} == {jnp.dtype(np.float64)}
@@ -117,7 +117,7 @@ def test_leaves_of_float64(x64, quick_compile, name):
 
 
 @pytest.mark.parametrize("name", ["gaussian", "rademacher"])
-def test_other_leaves_change_nothing(quick_compile, name):
+def test_other_leaves_change_nothing(name):
     sample = SAMPLE[name]
     full = sample(key(), PARAMS)
     np.testing.assert_array_equal(sample(key(), {"a": PARAMS["a"]})["a"], full["a"])
@@ -125,7 +125,7 @@ def test_other_leaves_change_nothing(quick_compile, name):
     np.testing.assert_array_equal(more["b"]["c"], full["b"]["c"])
 
 
-def test_sphere_rescales_all_leaves_alike(quick_compile):
+def test_sphere_rescales_all_leaves_alike():
     """Another leaf changes the radius, and the length alone."""
     sample = SAMPLE["sphere"]
     full, part = sample(key(), PARAMS)["a"], sample(key(), {"a": PARAMS["a"]})["a"]
@@ -133,15 +133,17 @@ def test_sphere_rescales_all_leaves_alike(quick_compile):
     np.testing.assert_allclose(ratio, ratio.flat[0], rtol=1e-6)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("impl", keys.IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", PERTURBATIONS)
 def test_the_directions_never_change(impl, name):
     """Exact signs; normals to 1e-6, as far as erfinv agrees between backends."""
-    z = SAMPLE[name](key(impl), PARAMS)
+    z = compiled_anew(name)(key(impl), PARAMS)
     tolerance = 0 if name == "rademacher" else 1e-6
     np.testing.assert_allclose(flat(z), GOLDEN[impl][name], rtol=0, atol=tolerance)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["gaussian", "rademacher"])
 def test_the_bits_are_the_same_under_jit_vmap_and_scan(name):
     """Not so the sphere's radius, whose squares may be summed in another order."""
@@ -178,6 +180,7 @@ for impl in keys.IMPLEMENTATIONS:
 """
 
 
+@pytest.mark.optimized
 def test_the_bits_are_the_same_sharded_over_two_devices():
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     environment["JAX_PLATFORMS"] = "cpu"
@@ -196,7 +199,7 @@ def test_the_bits_are_the_same_sharded_over_two_devices():
 
 
 @pytest.mark.parametrize("name", PERTURBATIONS)
-def test_add_moves_along_the_direction(quick_compile, name):
+def test_add_moves_along_the_direction(name):
     perturbation = PERTURBATIONS[name]
     z = SAMPLE[name](key(), PARAMS)
     x = jax.tree.map(lambda leaf: leaf + 2, PARAMS)
@@ -207,7 +210,7 @@ def test_add_moves_along_the_direction(quick_compile, name):
 
 
 @pytest.mark.parametrize("name", PERTURBATIONS)
-def test_accumulate_is_the_weighted_sum_of_directions(quick_compile, name):
+def test_accumulate_is_the_weighted_sum_of_directions(name):
     perturbation = PERTURBATIONS[name]
     direction_keys, scalars = keys.direction_keys(key(), 4), jnp.array([0.5, -2.0, 0.0, 1.0])
     total = jax.jit(perturbation.accumulate)(direction_keys, PARAMS, scalars)

@@ -88,7 +88,7 @@ def batches_of(task, local_steps):
     )
 
 
-def test_each_example_is_clipped_alone(quick_compile):
+def test_each_example_is_clipped_alone():
     """Against finite differences of single examples, in a loop."""
     task, estimator, algorithm = private_decomfl(0.8, 0.0)
     state, batches = algorithm.init(task.init(KEY)), batches_of(task, 1)
@@ -104,7 +104,7 @@ def test_each_example_is_clipped_alone(quick_compile):
     np.testing.assert_allclose(upload, np.mean(rows, axis=0), rtol=1e-2, atol=1e-3)
 
 
-def test_wide_bounds_and_no_noise_leave_the_method_as_it_is(quick_compile):
+def test_wide_bounds_and_no_noise_leave_the_method_as_it_is():
     """Over local steps: a mean of examples' differences is the difference of the mean."""
     task, estimator, algorithm = private_decomfl(1e6, 0.0, local_steps=3)
     plain = decomfl(task.loss, estimator, optax.sgd(0.1), local_steps=3)
@@ -115,7 +115,7 @@ def test_wide_bounds_and_no_noise_leave_the_method_as_it_is(quick_compile):
     np.testing.assert_allclose(actual.stats["loss"], expected.stats["loss"], rtol=1e-4)
 
 
-def test_the_noise_of_a_step_is_the_client_s_own(quick_compile):
+def test_the_noise_of_a_step_is_the_client_s_own():
     """Variance (σC/B)², between steps and clients independent."""
     task, _, algorithm = private_decomfl(0.5, 2.0, local_steps=2, rate=1e-9)
     silent = private_decomfl(0.5, 0.0, local_steps=2, rate=1e-9)[2]
@@ -135,7 +135,7 @@ def test_the_noise_of_a_step_is_the_client_s_own(quick_compile):
     assert np.all(np.abs(correlation) < 5 / CLIENTS**0.5)
 
 
-def test_a_seed_drawn_twice_has_noise_of_its_own_each_time(quick_compile):
+def test_a_seed_drawn_twice_has_noise_of_its_own_each_time():
     """FedKSeed with a pool of one seed: a difference of two steps would tell the data."""
     task = softmax_task()
 
@@ -151,7 +151,7 @@ def test_a_seed_drawn_twice_has_noise_of_its_own_each_time(quick_compile):
     assert abs(np.corrcoef(scalars.T)[0, 1]) < 5 / CLIENTS**0.5
 
 
-def test_a_client_goes_on_with_its_noisy_scalars(quick_compile):
+def test_a_client_goes_on_with_its_noisy_scalars():
     """What it measures at its second step is at the model that its first message leads to."""
     task, estimator, algorithm = private_decomfl(0.5, 20.0, local_steps=2)
     state, batches = algorithm.init(task.init(KEY)), batches_of(task, 2)

@@ -361,6 +361,7 @@ def test_broadcasts_of_any_tree_and_type_are_logged_as_documented():
             recording._decode(wrong, spec)
 
 
+@pytest.mark.optimized
 def test_seeds_are_logged_as_the_words_of_the_round_keys(tmp_path):
     simulator = simulation.make_simulator(
         make_algorithm(), TASK, clients_per_round=2, batch_size=1, prng_impl="threefry4x32"

@@ -8,6 +8,8 @@ from zofl_jax import rounds, simulation
 
 ROUNDS = 12
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module")
 def simulator() -> simulation.Simulator:

@@ -69,7 +69,7 @@ def test_the_results_are_in_the_order_that_theory_asks_for(part, share):
         assert accuracy("Krum", "Krum") < min(accuracy("Krum", name) for name in others) - 0.1
 
 
-def test_one_compilation_serves_rules_and_attacks(monkeypatch, quick_compile):
+def test_one_compilation_serves_rules_and_attacks(monkeypatch):
     monkeypatch.setattr(
         robustness,
         "RULES",

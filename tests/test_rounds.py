@@ -68,7 +68,7 @@ def expected_counts(cohorts: np.ndarray) -> tuple[list[int], list[int], list[flo
     return counts, last, means
 
 
-def test_memory_is_each_client_s_own(quick_compile):
+def test_memory_is_each_client_s_own():
     loop = advance(counting(), 20)
     assert int(loop.done) == int(loop.state.round) == 20
     cohorts = np.asarray(loop.records.attendance.cohort)
@@ -83,7 +83,7 @@ def test_memory_is_each_client_s_own(quick_compile):
     assert not np.any(loop.records.broadcast["mean"][20:])
 
 
-def test_a_round_that_is_not_finite_leaves_no_trace(quick_compile):
+def test_a_round_that_is_not_finite_leaves_no_trace():
     """State, memory and count are those before it."""
     loop = advance(counting(fail_at=7), 20)
     assert not loop.healthy
@@ -94,7 +94,7 @@ def test_a_round_that_is_not_finite_leaves_no_trace(quick_compile):
     np.testing.assert_allclose(loop.state.params, sum(means), rtol=1e-6)
 
 
-def test_weights_are_the_clients_numbers_of_examples(quick_compile):
+def test_weights_are_the_clients_numbers_of_examples():
     loop = advance(counting(), 1, "examples")
     cohort = loop.records.attendance.cohort[0].tolist()
     weights = np.array([CLIENT_SIZES[client] for client in cohort])
@@ -104,14 +104,14 @@ def test_weights_are_the_clients_numbers_of_examples(quick_compile):
     assert float(advance(algorithm, 1, "uniform").state.params) == COHORT
 
 
-def test_no_rounds_change_nothing(quick_compile):
+def test_no_rounds_change_nothing():
     loop = advance(counting(), 0)
     assert loop.healthy
     assert int(loop.done) == int(loop.state.round) == 0
     assert not np.any(loop.memory.rounds)
 
 
-def test_replay_stops_before_a_broadcast_that_is_not_finite(quick_compile):
+def test_replay_stops_before_a_broadcast_that_is_not_finite():
     algorithm, root = counting(), keys.root(0)
     replay = jax.jit(rounds.make_replay(algorithm, "threefry2x32"))
     seeds = np.stack([jax.random.key_data(keys.round_key(root.shared, r)) for r in range(4)])
@@ -123,7 +123,7 @@ def test_replay_stops_before_a_broadcast_that_is_not_finite(quick_compile):
     assert (int(after.round), float(after.params)) == (1, 1.0)
 
 
-def test_replay_is_given_the_keys_of_the_rounds(quick_compile):
+def test_replay_is_given_the_keys_of_the_rounds():
     """A server that sums the words of its keys."""
 
     def server(key, state, broadcast):

@@ -54,7 +54,7 @@ def seeds_of(pool_size, local_steps, pro=False):
     )
 
 
-def test_fedkseed_accumulators_give_the_model_that_replay_gives(quick_compile):
+def test_fedkseed_accumulators_give_the_model_that_replay_gives():
     """Any number of rounds fit into one message of pool_size numbers."""
     algorithm = seeds_of(pool_size=32, local_steps=6)
     random = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def test_fedkseed_accumulators_give_the_model_that_replay_gives(quick_compile):
 
 
 @pytest.mark.parametrize("pro", [False, True])
-def test_fedkseed_draws_from_the_pool_by_importance(quick_compile, pro):
+def test_fedkseed_draws_from_the_pool_by_importance(pro):
     """Uniformly, or in the Pro form by exp of the amplitude scaled to [0, 1]; 5 standard errors."""
     algorithm = seeds_of(pool_size=4, local_steps=4000, pro=pro)
     state = algorithm.init(jnp.zeros(2))
@@ -102,7 +102,7 @@ def test_fedkseed_takes_one_direction_a_step():
 # FeedSign.
 
 
-def test_feedsign_moves_by_the_majority_of_one_bit_each(quick_compile):
+def test_feedsign_moves_by_the_majority_of_one_bit_each():
     """Bits of the scalars' signs; the vote by weights; ties are positive."""
     task = softmax_task()
     estimator = estimators.central_difference(10, 1e-2)
@@ -124,7 +124,7 @@ def test_feedsign_moves_by_the_majority_of_one_bit_each(quick_compile):
     np.testing.assert_array_equal(weighted, uploads[0])
 
 
-def test_feedsign_in_private_flips_bits_at_the_rate_of_its_epsilon(quick_compile):
+def test_feedsign_in_private_flips_bits_at_the_rate_of_its_epsilon():
     """Randomised response: the odds of telling the truth are exp ε; 5 standard errors."""
     epsilon, count = 0.7, 800
     algorithm = feedsign(linear, estimators.projection(8), optax.sgd(0.1), epsilon=epsilon)
@@ -141,7 +141,7 @@ def test_feedsign_in_private_flips_bits_at_the_rate_of_its_epsilon(quick_compile
 # MeZO and FedZO.
 
 
-def test_mezo_is_one_client_of_decomfl(quick_compile):
+def test_mezo_is_one_client_of_decomfl():
     task = softmax_task()
     reference = decomfl(task.loss, estimators.central_difference(1, 1e-2), optax.sgd(0.1))
     params, batches = task.init(KEY), client_batches(1, 1)
@@ -150,7 +150,7 @@ def test_mezo_is_one_client_of_decomfl(quick_compile):
     assert_same_bits(after, expected)
 
 
-def test_the_dense_model_of_fedzo_is_the_one_that_decomfl_rebuilds(quick_compile):
+def test_the_dense_model_of_fedzo_is_the_one_that_decomfl_rebuilds():
     """At K = 1 with shared directions; with their own, clients' uploads differ in direction."""
     task = softmax_task()
     estimator = estimators.forward_difference(3, 1e-2)

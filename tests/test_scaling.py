@@ -13,7 +13,7 @@ FACTORS = {"kernel": jnp.linspace(0, 2, 12).reshape(4, 3), "bias": jnp.array([Tr
 
 
 @pytest.mark.parametrize("name", ["gaussian", "rademacher", "sphere", "low_rank"])
-def test_stretched_directions_are_the_plain_ones_times_the_factors(quick_compile, name):
+def test_stretched_directions_are_the_plain_ones_times_the_factors(name):
     """Sampled, added and accumulated; in the space of the params where directions are not."""
     base = getattr(perturbations, name)()
     stretched = scaling.scaled(base, FACTORS)

@@ -45,6 +45,7 @@ def shared_simulator() -> simulation.Simulator:
     return make_simulator("momentum and decay", "rademacher", 2, COUNTED.task)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("eval_every", [0, 1, 5, 100])
 def test_evaluation_changes_no_bit_of_training(eval_every):
     simulator = shared_simulator()
@@ -62,7 +63,7 @@ def test_another_seed_is_another_run():
     assert np.all(other.seeds(many) != shared.seeds(many))
 
 
-def test_params_of_weak_types_are_trained(quick_compile):
+def test_params_of_weak_types_are_trained():
     """jnp.full gives a weakly typed array, which one round of the loop would strengthen."""
     task = softmax_task()
     shapes = jax.eval_shape(task.init, jax.random.key(0))
@@ -128,6 +129,7 @@ def test_history_has_the_figures_of_the_rounds():
     assert trace.failed_loss is None
 
 
+@pytest.mark.optimized
 def test_a_run_goes_on_from_its_progress():
     simulator = shared_simulator()
     expected = simulation.run(simulator, rounds=ROUNDS, eval_every=4)
@@ -184,7 +186,7 @@ def test_params_given_to_start_are_used_and_left_alone():
 
 
 @pytest.mark.parametrize("eval_batch_size", [7, 36, 512])
-def test_every_test_example_counts_once(quick_compile, eval_batch_size):
+def test_every_test_example_counts_once(eval_batch_size):
     """36 examples in batches of 7, of 36, or in a part of one."""
     task = softmax_task()
     assert sum(CLIENT_SIZES) == 36
@@ -200,7 +202,7 @@ def test_every_test_example_counts_once(quick_compile, eval_batch_size):
 
 
 @pytest.mark.parametrize("local_steps", [1, 4])
-def test_a_quadratic_descends_to_its_minimum(quick_compile, local_steps):
+def test_a_quadratic_descends_to_its_minimum(local_steps):
     task, _, _, minimum = quadratic(
         jax.random.key(0), dim=50, effective_rank=5.0, num_clients=8, heterogeneity=0.1
     )
@@ -213,7 +215,7 @@ def test_a_quadratic_descends_to_its_minimum(quick_compile, local_steps):
     assert progress.history[-1].metrics["loss"] - minimum < 0.05 * (float(first) - minimum)
 
 
-def test_a_cohort_that_is_not_a_number_stops_the_run(quick_compile):
+def test_a_cohort_that_is_not_a_number_stops_the_run():
     """At its first round, with the state before it; the rounds before are all reported."""
     healthy = make_simulator("adam", "rademacher", 1, clients_per_round=1)
     cohorts = healthy.cohorts(np.arange(100))
@@ -243,7 +245,7 @@ def test_a_cohort_that_is_not_a_number_stops_the_run(quick_compile):
     assert again.value.round == expected
 
 
-def test_a_run_that_grows_without_bound_stops_with_a_finite_model(quick_compile):
+def test_a_run_that_grows_without_bound_stops_with_a_finite_model():
     task = quadratic(jax.random.key(0), dim=5, effective_rank=5.0, num_clients=4).task
     algorithm = decomfl(task.loss, estimators.central_difference(2, 1e-2), optax.sgd(1e30))
     simulator = simulation.make_simulator(algorithm, task, clients_per_round=2, batch_size=1)
@@ -368,7 +370,7 @@ def phased_simulator() -> simulation.Simulator:
     )
 
 
-def test_a_phase_begins_at_its_first_round(quick_compile):
+def test_a_phase_begins_at_its_first_round():
     simulator = phased_simulator()
     shapes, params = [], {}
 

@@ -1,5 +1,7 @@
 """Functions of sums that are not formed: the right values, and no perturbed matrix."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,35 +78,53 @@ FUNCTIONS = {
 }
 
 
+@functools.cache
+def low_rank_sums(rank: int) -> tuple:
+    """Returns params + 4 directions of one client, of two clients, and the axes of the two.
+
+    The clients share params, factors and the last term; the coefficients of the first are each
+    one's own, as are leaves that have no factors.
+    """
+    x, directions = params(), perturbations.low_rank(rank)
+    several = keys.direction_keys(KEY, 3)
+
+    def near(c):
+        combined = directions.combine(x, several, jax.tree.map(lambda _: c, x))
+        return directions.add(combined, directions.sample(KEY, x), 0.2)
+
+    def axes_of(value):
+        if not isinstance(value, sums.LowRank):
+            return 0
+        shared = sums.Term(None, None, None)
+        return value.replace(base=None, terms=(shared.replace(c=0), shared))
+
+    one = jnp.array([0.1, 0.0, -0.3])
+    axes = jax.tree.map(axes_of, jax.eval_shape(near, one), is_leaf=sums.is_value)
+    two = jax.jit(jax.vmap(near, out_axes=axes))(jnp.stack([one, 2 * one]))
+    return jax.jit(near)(one), two, axes
+
+
 @pytest.mark.parametrize("rank", [1, 6])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_low_rank_sums_act_as_their_arrays(x64, quick_compile, name, rank):
+def test_low_rank_sums_act_as_their_arrays(x64, name, rank):
     """Narrow and wide terms; alone, and with clients' own coefficients on shared directions."""
-    x, fn = params(), FUNCTIONS[name]
-    directions = perturbations.low_rank(rank)
-    z = directions.sample(KEY, x)
-    several = keys.direction_keys(KEY, 3)
-    coefficients = jax.tree.map(lambda _: jnp.array([0.1, 0.0, -0.3]), x)
+    fn, (one, many, axes) = FUNCTIONS[name], low_rank_sums(rank)
 
-    def both(x, c):
-        near = directions.combine(x, several, c)
-        near = directions.add(near, z, 0.2)
+    def both(near):
         return structured.evaluate(fn, near, A), fn(sums.arrays(near), A)
 
-    found, expected = jax.jit(both)(x, coefficients)
+    (found, expected), plain = jax.jit(lambda near, x: (both(near), fn(x, A)))(one, params())
     tolerance = 1e-5 if name == "rounded" else 1e-12
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
-    plain = fn(x, A)
     assert np.abs(np.asarray(expected) - np.asarray(plain)).max() > 1e-3, "it changes something"
 
-    many = jax.tree.map(lambda c: jnp.stack([c, 2 * c]), coefficients)
-    found, expected = jax.jit(jax.vmap(both, in_axes=(None, 0)))(x, many)
+    found, expected = jax.jit(jax.vmap(both, in_axes=(axes,)))(many)
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["stack", "product", "loop", "returned"])
 @pytest.mark.parametrize("make", [perturbations.gaussian, perturbations.rademacher])
-def test_drawn_sums_act_as_their_arrays(quick_compile, make, name):
+def test_drawn_sums_act_as_their_arrays(make, name):
     x, fn, directions = params(np.float32), FUNCTIONS[name], make()
     near = directions.add(x, directions.sample(KEY, x), 0.2)
     assert isinstance(near["layers"]["kernel"], sums.Drawn)
@@ -149,7 +169,7 @@ def test_only_one_layer_of_a_dense_perturbation_is_alive():
     assert (7, 200, 200) not in made
 
 
-def test_a_large_leaf_is_drawn_in_blocks(quick_compile, monkeypatch):
+def test_a_large_leaf_is_drawn_in_blocks(monkeypatch):
     """The blocks change with `BLOCK`; what a block holds depends on its key alone."""
     monkeypatch.setattr(sums, "BLOCK", 8)
     x = {"w": jnp.zeros((6, 4)), "layers": {"w": jnp.zeros((2, 6, 4))}}

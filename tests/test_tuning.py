@@ -26,7 +26,7 @@ def built(*arguments):
 
 
 @pytest.mark.parametrize("middle", [0.01, 30.0])
-def test_the_rate_is_below_two_over_the_top_eigenvalue(middle, quick_compile):
+def test_the_rate_is_below_two_over_the_top_eigenvalue(middle):
     values, experiment = built(f"--learning_rate={middle}")
     found = tuning.probe(values, experiment)
     assert 0.01 < found.learning_rate < 2  # the top eigenvalue is 1
