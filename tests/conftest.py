@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 def pytest_configure(config: pytest.Config) -> None:
     # Most of the suite's time is compilation: a second run takes it from here.
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     # An entry may be cut short: by the end of a run, or while another process writes it. Then
     # JAX says so and compiles anew.
     config.addinivalue_line(

@@ -105,8 +105,8 @@ def test_the_decay_of_the_servers_moments():
     assert moments("--algorithm=fedadagrad", "--server_beta1=0.5") == pytest.approx((2.0, 10.0))
 
 
-def play(algorithm, start, rounds):
-    """Returns the state and the memory after so many more rounds of three clients."""
+def player(algorithm):
+    """Returns (start, rounds) -> state and memory after so many more rounds of three clients."""
     data = softmax_task().train.examples
     batches = jax.tree.map(
         lambda x: x[: 3 * 2 * 4].reshape(3, 2, 4, *x.shape[1:])[:, : algorithm.local_steps], data
@@ -120,7 +120,7 @@ def play(algorithm, start, rounds):
         broadcast = algorithm.aggregate(results.upload, jnp.ones(3))
         return algorithm.server(key, state, broadcast), results.memory
 
-    return jax.jit(lambda start: jax.lax.fori_loop(0, rounds, one_round, start))(start)
+    return jax.jit(lambda start, rounds: jax.lax.fori_loop(0, rounds, one_round, start))
 
 
 @pytest.mark.parametrize(
@@ -151,12 +151,13 @@ def test_a_scheduled_rate_is_the_rate_of_its_rounds(arguments):
         return algorithm.init(params), memory
 
     constant, scheduled = algorithm(), algorithm("--schedule=2:lr=0.25")
-    half_way = play(constant, start(constant), 2)
-    expected, _ = play(algorithm("--learning_rate=0.025"), half_way, 2)
-    found, _ = play(scheduled, start(scheduled), 4)
+    play = player(constant)
+    half_way = play(start(constant), 2)
+    expected, _ = player(algorithm("--learning_rate=0.025"))(half_way, 2)
+    found, _ = player(scheduled)(start(scheduled), 4)
     assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(assert_close, found.params, expected.params)
-    unscheduled, _ = play(constant, half_way, 2)
+    unscheduled, _ = play(half_way, 2)
     moved = jnp.abs(unscheduled.params["kernel"] - expected.params["kernel"])
     assert jnp.max(moved) > 1e-3
     if constant.sync is not None:  # what brings a client up to date that missed all of it
