@@ -1,6 +1,7 @@
 """Low-rank directions are the same algorithm: against the formed matrices A Bᵀ."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -177,9 +178,10 @@ def test_covariance_is_the_identity(rank):
 
 def test_a_language_model_loses_nothing():
     """OPT and Llama shapes with tied tables: the loss of the formed sum, in float32."""
+    low_rank = perturbations.low_rank(1)
     for name in ("opt-125m", "smollm2-135m"):
         config = dataclasses.replace(architectures.named(name), **SMALL)
-        x = transformer.init(config, jax.random.key(0))
+        x = jax.jit(functools.partial(transformer.init, config))(jax.random.key(0))
         tokens = jnp.arange(24).reshape(3, 8)
         mask = jnp.ones((3, 8), bool).at[0, :3].set(False)
 
@@ -188,11 +190,11 @@ def test_a_language_model_loses_nothing():
             scores = transformer.logits(config, x, features, [3, 7])  # noqa: B023
             return jax.nn.logsumexp(scores, -1) - scores[:, 0]
 
-        low_rank = perturbations.low_rank(1)
-        near = low_rank.add(x, low_rank.sample(KEY, x), 0.05)
-        found, expected = structured.evaluate(loss, near), loss(sums.arrays(near))
+        near = jax.jit(lambda x: low_rank.add(x, low_rank.sample(KEY, x), 0.05))(x)
+        found = jax.jit(lambda near: structured.evaluate(loss, near))(near)
+        expected, plain = (jax.jit(loss)(x) for x in (sums.arrays(near), x))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-        assert np.abs(np.asarray(expected - loss(x))).max() > 1e-2
+        assert np.abs(np.asarray(expected - plain)).max() > 1e-2
         matrix = (config.width, config.mlp_width)
         made = shapes_in(jax.make_jaxpr(lambda x: structured.evaluate(loss, x))(near).jaxpr)
         slices = {(1, *matrix), matrix}  # a scan's own slice of the stack, nothing else
