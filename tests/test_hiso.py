@@ -158,6 +158,7 @@ def plain(loss, estimator, optimizer):
     return decomfl(loss, estimator(perturbations.gaussian()), optimizer)
 
 
+@pytest.mark.optimized  # a round more or less hangs on the rounding
 def test_it_needs_a_third_of_the_rounds_on_an_ill_conditioned_quadratic():
     """Both with the best of their rates, which lies inside the grid: 128 rounds for 513."""
 
