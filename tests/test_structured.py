@@ -31,10 +31,12 @@ def params(dtype=np.float64) -> dict:
 
 
 def stack(x, a):
-    def layer(a, weights):
-        return jnp.tanh(a @ weights["kernel"]) * weights["scale"], None
+    """Layers with a constant of the carry's shape, which must not be taken for the carry."""
 
-    return jax.lax.scan(layer, a, x["layers"])[0]
+    def layer(b, weights):
+        return jnp.tanh(b @ weights["kernel"] + a) * weights["scale"], None
+
+    return jax.lax.scan(layer, 2 * a, x["layers"])[0]
 
 
 def conditional(x, a):
@@ -111,6 +113,16 @@ def test_drawn_sums_act_as_their_arrays(quick_compile, make, name):
     found = structured.evaluate(fn, near, A.astype(np.float32))
     expected = fn(sums.arrays(near), A.astype(np.float32))
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_inner_products_with_factors_are_those_with_their_arrays(x64, rank):
+    directions = perturbations.low_rank(rank).sample(KEY, params())
+    for x, z in zip(
+        jax.tree.leaves(params()), jax.tree.leaves(directions, is_leaf=sums.is_value), strict=True
+    ):
+        if isinstance(z, sums.Factors):
+            np.testing.assert_allclose(z.inner(x), jnp.sum(x * z.array()), rtol=1e-10)
 
 
 def test_no_perturbed_matrix_is_formed():
