@@ -49,7 +49,7 @@ FAULTS = (
         "(keys.round_key(root.shared, r), state), (before, batches, own_keys)",
         "(keys.round_key(root.shared, r + 1), state), (before, batches, own_keys)",
         "Clients measure along the next round's directions, the server steps along this one's.",
-        ("quadratic", "oracle"),
+        ("rounds",),
     ),
     Fault(
         "own_key_from_batches",
@@ -453,7 +453,7 @@ FAULTS = (
         "positions = mask.sum(axis=1, keepdims=True) + state.step - 1",
         "positions = jnp.full((batch, 1), length) + state.step - 1",
         "A written token's position counts the padding before its prompt.",
-        ("transformer", "language"),
+        ("transformer",),
     ),
     Fault(
         "bos_never_added",
