@@ -231,14 +231,6 @@ FAULTS = (
         "A client that was last there in round 0 is sent the initial params again.",
         ("ledger",),
     ),
-    Fault(
-        "lost_uploads_counted",
-        "zofl_jax/ledger.py",
-        "upload=(members.size if num_uploads is None else num_uploads) * sizes.upload",
-        "upload=members.size * sizes.upload",
-        "Uploads that were lost are counted as sent.",
-        ("conditions",),
-    ),
     # Logs, replay and resume.
     Fault(
         "fingerprint_of_another_round",
@@ -275,8 +267,8 @@ FAULTS = (
     Fault(
         "salvage_over_a_gap",
         "zofl_jax/run_repair.py",
-        "if table == \"rounds\" and not (sound and values[0] == index):\n                return\n",
-        "if table == \"rounds\" and not (sound and values[0] >= index):\n                return\n",
+        'if table == "rounds" and not (sound and values[0] == index):\n                return\n',
+        'if table == "rounds" and not (sound and values[0] >= index):\n                return\n',
         "A damaged log is salvaged beyond a missing round, and its replay is of another run.",
         ("run_log",),
     ),
@@ -358,14 +350,6 @@ FAULTS = (
         ("sampling",),
     ),
     Fault(
-        "joins_a_round_late",
-        "zofl_jax/participation.py",
-        "present &= round_index >= jnp.asarray(joins)",
-        "present &= round_index > jnp.asarray(joins)",
-        "Nobody is there in the round in which they join.",
-        ("participation",),
-    ),
-    Fault(
         "absent_inform_the_attack",
         "zofl_jax/attacks.py",
         "return present & ~malicious",
@@ -418,18 +402,10 @@ FAULTS = (
     Fault(
         "shards_by_unshuffled_labels",
         "zofl_jax/data/partition.py",
-        "shuffled[np.argsort(labels[shuffled], kind=\"stable\")]",
-        "shuffled[np.argsort(labels, kind=\"stable\")]",
+        'shuffled[np.argsort(labels[shuffled], kind="stable")]',
+        'shuffled[np.argsort(labels, kind="stable")]',
         "Shards hold examples of any label.",
         ("partition",),
-    ),
-    Fault(
-        "rope_turns_back",
-        "zofl_jax/models/blocks.py",
-        "turned = [first * cos - second * sin, second * cos + first * sin]",
-        "turned = [first * cos + second * sin, second * cos - first * sin]",
-        "Positions turn the other way; scores stay the same functions of distances.",
-        ("transformer",),
     ),
     Fault(
         "rope_angle",
@@ -471,7 +447,7 @@ FAULTS = (
         "The last token of the padding counts as one of the prompt.",
         ("encoding", "language"),
     ),
-)  # fmt: skip
+)
 
 
 def planted(text: str, fault: Fault) -> str:
