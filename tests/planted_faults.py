@@ -389,7 +389,7 @@ FAULTS = (
         "lambda c, d: c + share * d",
         "lambda c, d: c + d",
         "The server's control moves as if the cohort were the population.",
-        ("first_order", "conditions"),
+        ("conditions",),
     ),
     Fault(
         "feedsign_tie",
