@@ -1,6 +1,6 @@
 """Plants faults in a copy of the library, one at a time, and sees whether the tests find them.
 
-    python tests/planted_faults.py                       all of them, about ten minutes of CPU
+    python tests/planted_faults.py                       all of them, some seven minutes of CPU
     python tests/planted_faults.py --only scan_order     some of them
     python tests/planted_faults.py --repo ../other       those of another checkout
 
