@@ -544,7 +544,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="faults to plant, all by default")
     parser.add_argument("--repo", type=Path, default=Path(__file__).parent.parent, help="checkout")
-    parser.add_argument("--cache", type=Path, help="kept between runs, in the checkout by default")
+    parser.add_argument(
+        "--cache", type=Path, help="pytest's cache folder, in the checkout's own by default"
+    )
     given = parser.parse_args(arguments)
     repo = given.repo.resolve()
     cache = (given.cache or repo / ".pytest_cache" / "planted_faults").resolve()

@@ -94,7 +94,7 @@ def test_a_round_that_is_not_finite_leaves_no_trace(quick_compile):
     np.testing.assert_allclose(loop.state.params, sum(means), rtol=1e-6)
 
 
-def test_a_round_without_a_finite_loss_leaves_no_trace(quick_compile):
+def test_a_round_without_a_finite_loss_leaves_no_trace():
     """Though every upload is good: clients forget it too."""
     algorithm = counting()
 
@@ -111,7 +111,7 @@ def test_a_round_without_a_finite_loss_leaves_no_trace(quick_compile):
     np.testing.assert_allclose(loop.state.params, sum(means), rtol=1e-6)
 
 
-def test_each_client_is_given_the_round_s_key_and_one_of_its_own(quick_compile):
+def test_each_client_is_given_the_round_s_key_and_one_of_its_own():
     """Clients that upload their keys' words: no stream of keys may stand in for another."""
 
     def client(key, state, memory, batches, own_key):
