@@ -200,7 +200,8 @@ def parsed(*lines, flagfile=None):
 
 
 @pytest.mark.parametrize(
-    "name", ["compare_digits", "compare_fashion", "directions_digits", "directions_fashion"]
+    "name",
+    ["demo", "compare_digits", "compare_fashion", "directions_digits", "directions_fashion"],
 )
 def test_flag_files_can_be_read_and_say_what_they_do(name):
     path = FLAGFILES / f"{name}.flags"
@@ -222,6 +223,16 @@ def test_the_digits_compare_every_method():
     assert chosen("mask") == {"none", "random", "magnitude", "sensitivity"}
     assert chosen("optimizer") == {"sgd", "adam"}
     assert any(each["feedsign_epsilon"] for each in values)
+
+
+def test_the_demo_sets_fedavg_beside_decomfl_at_rates_and_local_steps_of_its_own():
+    decomfl, *others = (method.values for method in parsed(flagfile=FLAGFILES / "demo.flags"))
+    assert decomfl["algorithm"] == "decomfl" and {v["algorithm"] for v in others} == {"fedavg"}
+    assert {v["local_steps"] for v in others} > {decomfl["local_steps"]}
+    assert decomfl["learning_rate"] not in {v["learning_rate"] for v in others}
+    shared = ("model", "num_clients", "clients_per_round", "batch_size", "partition")
+    for values in others:
+        assert [values[name] for name in shared] == [decomfl[name] for name in shared]
 
 
 def test_the_figure_of_what_was_exchanged_leaves_out_the_first_model_in_one_panel():
