@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from commands import Commands, num_logged, stray_lines, summary_of
 
+from experiments import report
+
 ROUNDS = 1000
 # One local step and five directions: 20 bytes of broadcast a round.
 QUADRATIC = """
@@ -97,6 +99,19 @@ def test_the_console_shows_the_progress_and_a_table(whole):
     assert "Exchanging the model in as many rounds would have cost it 200 kB. FedAvg, which" in out
     assert lines[-1] == "Figures, log and summary are in run"
     assert sorted(path.name for path in folder.iterdir()) == ["quadratic.flags", "run"]
+
+
+def test_the_table_sets_the_exchange_of_models_beside_scalars_where_it_costs_more(whole, capsys):
+    summary = summary_of(whole[0] / "run")
+    spent = summary["bytes_up_per_client"] + summary["bytes_down_per_client"]
+    for change, told in (
+        ({}, True),
+        ({"algorithm": "fedavg"}, False),
+        ({"bytes_fedavg_per_client": spent + 1}, True),
+        ({"bytes_fedavg_per_client": spent}, False),
+    ):
+        report.print_table(summary | change)
+        assert ("Exchanging the model" in capsys.readouterr().out) == told, change
 
 
 def test_the_summary_holds_what_is_promised(whole):
