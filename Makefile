@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 .PHONY: demo smollm2 reviews test clean
 
 demo: $(VENV)/.demo-installed
-	$(RUN) -m experiments.train --flagfile=experiments/flagfiles/digits.flags
+	$(RUN) -m experiments.compare --flagfile=experiments/flagfiles/demo.flags
 
 # Real weights and real text, into the user's cache folder.
 smollm2: $(VENV)/.language-installed
