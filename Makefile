@@ -1,26 +1,35 @@
 # `make demo` and `make test` need nothing but Python 3.11+ and make: they make their own
-# virtual environment in .venv.
+# virtual environment in .venv. Everything that the pages say to run works in it.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -n auto --dist loadfile
 
-.PHONY: demo smollm2 reviews test clean
+.PHONY: demo smollm2 reviews test quick check clean
 
-demo: $(VENV)/.demo-installed
-	$(RUN) -m experiments.train --flagfile=experiments/flagfiles/digits.flags
+demo: $(VENV)/.installed
+	$(RUN) -m experiments.compare --flagfile=experiments/flagfiles/demo.flags
 
 # Real weights and real text, into the user's cache folder.
-smollm2: $(VENV)/.language-installed
+smollm2: $(VENV)/.installed
 	$(RUN) -m experiments.fetch smollm2
 
-reviews: $(VENV)/.language-installed
+reviews: $(VENV)/.installed
 	$(RUN) -m experiments.fetch reviews
 
+# The tests, and nothing but tests: what a user runs.
 test: $(VENV)/.test-installed
+	$(PYTEST)
+
+# Some tests of every module, the inner loop of a change.
+quick: $(VENV)/.test-installed
+	$(PYTEST) $$(grep -v '^#' tests/quick.txt)
+
+# Lint and types, for who changes the code: both tools at the versions of setup.cfg.
+check: $(VENV)/.check-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(RUN) -m pytest -n auto --dist loadfile
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "zofl_jax needs Python 3.11 or newer, %s is %d.%d: try make PYTHON=python3.12 ..." % (sys.executable, *v[:2]))'
@@ -28,16 +37,16 @@ $(VENV)/.python:
 	$(RUN) -m pip install --quiet --upgrade pip
 	@touch $@
 
-$(VENV)/.demo-installed: $(VENV)/.python setup.cfg pyproject.toml
-	$(RUN) -m pip install --quiet --editable .
-	@touch $@
-
-$(VENV)/.language-installed: $(VENV)/.python setup.cfg pyproject.toml
-	$(RUN) -m pip install --quiet --editable '.[language]'
+$(VENV)/.installed: $(VENV)/.python setup.cfg pyproject.toml
+	$(RUN) -m pip install --quiet --editable '.[language,privacy]'
 	@touch $@
 
 $(VENV)/.test-installed: $(VENV)/.python setup.cfg pyproject.toml
 	$(RUN) -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(VENV)/.check-installed: $(VENV)/.python setup.cfg pyproject.toml
+	$(RUN) -m pip install --quiet --editable '.[check,language,privacy]'
 	@touch $@
 
 clean:

@@ -45,7 +45,8 @@ def main() -> None:
 def fashion_table() -> str:
     """Returns the accuracies and the bytes of the Fashion-MNIST runs as Markdown."""
     lines = [
-        "| | round 100 | round 400 | last round | a client sent | and received | dense exchange |",
+        "| | round 100 | round 400 | last round | a client sent | and received "
+        "| the model in as many rounds |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, label in FASHION:

@@ -102,10 +102,10 @@ def main() -> None:
     tried_for = "" if share == 1 else f", each tried for {100 * share:g} % of the rounds"
     repeated = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     spread = "; mean ± standard deviation over seeds" if len(seeds) > 1 else ""
-    heading = (
-        f"Methods on {title}: {first['num_clients']} clients, {repeated}; of "
-        f"{len(factors)} learning rates the one of the best accuracy with seed {seeds[0]}"
-        f"{tried_for}. Costs are of all clients together{spread}."
+    best_of = (
+        f"; of {len(factors)} learning rates the one of the best accuracy with seed {seeds[0]}"
+        if len(factors) > 1
+        else ""
     )
     grids = {
         method.name: [float(f"{method.values['learning_rate'] * f:.6g}") for f in factors]
@@ -116,6 +116,11 @@ def main() -> None:
 
     def write() -> list[dict]:
         table = comparison.rows(results, chosen, targets)
+        heading = (
+            f"Methods on {title} ({results[0].summary['num_params']:,} params): "
+            f"{first['num_clients']} clients, {repeated}{best_of}{tried_for}. "
+            f"Costs are of all clients together{spread}. {comparison.FIRST_MODEL}"
+        )
         _write(workdir / "table.csv", comparison.as_csv(table))
         _write(workdir / "table.md", comparison.as_markdown(table, grids, heading))
         return table

@@ -34,12 +34,23 @@ COLUMNS = (
     "rounds",
     "memory_bytes",
     "diverged_round",
+    "bytes_first_sync",
 )
-"""Of table.csv. Costs are empty where the target was not reached; `chosen` marks the runs at the
-learning rate that the method's row in the table is made of."""
+"""Of table.csv; `bytes_first_sync` is a part of `bytes_down`. Costs are empty where the target was
+not reached; `chosen` marks the runs at the learning rate that the method's row in the table is made
+of."""
 
-COSTS = COLUMNS[3:9]
+COSTS = (*COLUMNS[3:6], "bytes_first_sync", *COLUMNS[6:9])
 MISSING = "–"
+HEADINGS = (
+    *("method", "learning rate", "best accuracy", "rounds", "bytes up", "bytes down"),
+    *("of these, first model", "forward passes", "backward passes", "seconds", "memory"),
+)
+FIRST_MODEL = (
+    "The first model is what a client receives when it first takes part: from methods that send "
+    "scalars the initial one, which clients may hold already (a pretrained one) or make from a "
+    "seed; from methods that send models that of the round."
+)
 
 
 class Result(NamedTuple):
@@ -107,16 +118,17 @@ def cost_to(result: Result, target: float) -> dict[str, float | None]:
     """Returns `COSTS` of a run to its first evaluation at `target` or above, None if not reached.
 
     >>> row = {"round": 5, "test_accuracy": 0.8, "bytes_up": 10, "bytes_down": 20}
-    >>> row |= {"forward_passes": 50, "backward_passes": 0}
+    >>> row |= {"bytes_first_sync": 15, "forward_passes": 50, "backward_passes": 0}
     >>> run = Result("decomfl", 0, 0.1, {"history": [row], "history_seconds": [2.0]})
     >>> list(cost_to(run, 0.7).values()), cost_to(run, 0.9)["seconds"]
-    ([5, 10, 20, 50, 0, 2.0], None)
+    ([5, 10, 20, 15, 50, 0, 2.0], None)
     """
     summary = result.summary
     for row, seconds in zip(summary["history"], summary["history_seconds"], strict=True):
         accuracy = row["test_accuracy"]
         if not result.diverged and accuracy is not None and accuracy >= target:
-            found = (row["round"], *(row[name] for name in COSTS[1:-1]), seconds)
+            # Summaries of earlier versions lack the bytes of first synchronisation.
+            found = (row["round"], *(row.get(name) for name in COSTS[1:-1]), seconds)
             return dict(zip(COSTS, found, strict=True))
     return dict.fromkeys(COSTS)
 
@@ -178,13 +190,7 @@ def as_markdown(
     methods = list(dict.fromkeys(row["algorithm"] for row in table))
     lines = [heading, ""]
     for target in targets:
-        lines += [
-            f"To a test accuracy of {100 * target:g} %:",
-            "",
-            "| method | learning rate | best accuracy | rounds | bytes up | bytes down "
-            "| forward passes | backward passes | seconds | memory |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
+        cells: list[Sequence[str]] = [HEADINGS]
         for method in methods:
             own = [
                 row
@@ -192,8 +198,8 @@ def as_markdown(
                 if (row["algorithm"], row["target"]) == (method, target) and row["chosen"]
             ]
             if own:
-                lines.append(_line(method, own))
-        lines.append("")
+                cells.append(_cells(method, own))
+        lines += [f"To a test accuracy of {100 * target:g} %:", "", *_aligned(cells), ""]
     lines += _remarks(table, grids)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -206,6 +212,10 @@ def figures(
 ) -> dict[str, Figure]:
     """Returns file name -> figure: accuracy against rounds, bytes, forward passes and seconds.
 
+    `exchange.png` has what was sent and what was received apart, and their sum without the first
+    model that a client receives.
+
+
     Lines are means over the seeds at the chosen learning rates, bands the least and the most.
     """
     taken: dict[str, list[Result]] = {}
@@ -213,11 +223,14 @@ def figures(
         if result.learning_rate == chosen.get(result.method):
             taken.setdefault(result.method, []).append(result)
 
+    def curves(x: Callable[[Mapping[str, Any], float], float]) -> dict[str, plots.Curve]:
+        found = {method: _curve(runs, x) for method, runs in taken.items()}
+        return {method: curve for method, curve in found.items() if len(curve.x)}
+
     def drawn(name: str, x: Callable[[Mapping[str, Any], float], float], label: str) -> Figure:
-        curves = {method: _curve(runs, x) for method, runs in taken.items()}
         logarithmic = name != "rounds"
         return plots.comparison(
-            {method: curve for method, curve in curves.items() if len(curve.x)},
+            curves(x),
             label,
             title,
             targets,
@@ -229,7 +242,18 @@ def figures(
         del seconds
         return passes.in_forward_passes(Passes(row["forward_passes"], row["backward_passes"]))
 
+    def beside_the_first_model(row: Mapping[str, Any], seconds: float) -> float:
+        del seconds
+        first = row.get("bytes_first_sync", math.nan)
+        return row["bytes_up"] + row["bytes_down"] - first
+
+    exchanged = {
+        "sent, all clients": curves(lambda row, _: row["bytes_up"]),
+        "received, all clients": curves(lambda row, _: row["bytes_down"]),
+        "both, without the first model": curves(beside_the_first_model),
+    }
     return {
+        "exchange.png": plots.comparison_panels(exchanged, title, targets, plots.human_bytes),
         "rounds.png": drawn("rounds", lambda row, _: row["round"], "round"),
         "bytes.png": drawn(
             "bytes",
@@ -260,24 +284,35 @@ def _curve(runs: Sequence[Result], x: Callable[[Mapping[str, Any], float], float
     return plots.Curve(values[..., 0].mean(axis=0), y.mean(axis=0), y.min(axis=0), y.max(axis=0))
 
 
-def _line(method: str, own: Sequence[Mapping[str, Any]]) -> str:
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a Markdown table, aligned so that a console shows it too.
+
+    >>> _aligned([("method", "rounds"), ("decomfl", "7")])
+    ['| method  | rounds |', '|---------|--------|', '| decomfl | 7      |']
+    """
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+def _cells(method: str, own: Sequence[Mapping[str, Any]]) -> list[str]:
     reached = [row for row in own if row["rounds_to_target"] is not None]
     formats: dict[str, Callable[[float], str]] = dict.fromkeys(COSTS, _count)
-    formats |= {"bytes_up": plots.human_bytes, "bytes_down": plots.human_bytes}
+    formats |= {name: plots.human_bytes for name in COSTS if name.startswith("bytes_")}
     formats["seconds"] = "{:.3g}".format
     cells = [_mean([row[name] for row in reached], formats[name]) for name in COSTS]
     if 0 < len(reached) < len(own):
         cells[0] += f" ({len(reached)} of {len(own)} seeds)"
     accuracy = _mean([row["best_accuracy"] for row in own], "{:.3f}".format)
     memory = max(row["memory_bytes"] for row in own)
-    return (
-        f"| {method} | {own[0]['learning_rate']:g} | {accuracy} | {' | '.join(cells)} "
-        f"| {plots.human_bytes(memory)} |"
-    )
+    return [method, f"{own[0]['learning_rate']:g}", accuracy, *cells, plots.human_bytes(memory)]
 
 
-def _mean(values: Sequence[float], text: Callable[[float], str]) -> str:
-    finite = [value for value in values if not math.isnan(value)]
+def _mean(values: Sequence[float | None], text: Callable[[float], str]) -> str:
+    finite = [value for value in values if value is not None and not math.isnan(value)]
     if not finite:
         return MISSING
     mean = text(float(np.mean(finite)))

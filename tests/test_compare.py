@@ -20,6 +20,7 @@ FIRST = [
     *("algorithm", "seed", "learning_rate", "rounds_to_target", "bytes_up", "bytes_down"),
     *("forward_passes", "backward_passes", "seconds", "best_accuracy"),
 ]
+WHOLE = {"best_test_accuracy": 1.0, "test_accuracy": 1.0, "rounds": 2, "memory_bytes": 8}
 FLAGS = """
 --task=digits
 --local_steps=1
@@ -80,13 +81,13 @@ def test_the_table_holds_what_the_runs_say(whole):
         rows = zip(summary["history"], summary["history_seconds"], strict=True)
         found = [(r, s) for r, s in rows if r["test_accuracy"] >= target]
         if not found or "diverged_round" in summary:
-            assert {row[name] for name in FIRST[3:9]} == {""}
+            assert {row[name] for name in (*FIRST[3:9], "bytes_first_sync")} == {""}
         else:
             first, seconds = found[0]
             reached.add((row["algorithm"], target))
             assert float(row["seconds"]) == seconds
             assert int(row["rounds_to_target"]) == first["round"]
-            for name in ("bytes_up", "bytes_down", "forward_passes", "backward_passes"):
+            for name in (*FIRST[4:8], "bytes_first_sync"):
                 assert int(row[name]) == first[name]
         if summary["best_test_accuracy"] is not None:
             assert float(row["best_accuracy"]) == summary["best_test_accuracy"]
@@ -138,9 +139,13 @@ def test_the_table_for_people_and_the_figures(whole):
     accuracies = [float(row["best_accuracy"]) for row in own]
     mean, deviation = np.mean(accuracies), np.std(accuracies, ddof=1)
     assert len(own) == 2 and cells[2] == f"{mean:.3f} ± {deviation:.3f}"
-    unreachable = text[text.index("99 %") :]
-    assert unreachable.count("| – | – | – | – | – | – |") == 2
-    for name in ("rounds", "bytes", "forward_passes", "seconds"):
+    assert "digits, softmax (650 params): 20 clients, 2 seeds; of 3 learning rates" in text
+    lines = text[text.index("99 %") :].splitlines()
+    unreachable = [line for line in lines if line.startswith(("| decomfl", "| two-points"))]
+    assert len(unreachable) == 2
+    for line in unreachable:
+        assert [cell.strip() for cell in line.strip("|").split("|")][3:10] == ["–"] * 7
+    for name in ("exchange", "rounds", "bytes", "forward_passes", "seconds"):
         assert (workdir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -195,7 +200,8 @@ def parsed(*lines, flagfile=None):
 
 
 @pytest.mark.parametrize(
-    "name", ["compare_digits", "compare_fashion", "directions_digits", "directions_fashion"]
+    "name",
+    ["demo", "compare_digits", "compare_fashion", "directions_digits", "directions_fashion"],
 )
 def test_flag_files_can_be_read_and_say_what_they_do(name):
     path = FLAGFILES / f"{name}.flags"
@@ -217,6 +223,44 @@ def test_the_digits_compare_every_method():
     assert chosen("mask") == {"none", "random", "magnitude", "sensitivity"}
     assert chosen("optimizer") == {"sgd", "adam"}
     assert any(each["feedsign_epsilon"] for each in values)
+
+
+def test_the_demo_sets_fedavg_beside_decomfl_at_rates_and_local_steps_of_its_own():
+    decomfl, *others = (method.values for method in parsed(flagfile=FLAGFILES / "demo.flags"))
+    assert decomfl["algorithm"] == "decomfl" and {v["algorithm"] for v in others} == {"fedavg"}
+    assert {v["local_steps"] for v in others} > {decomfl["local_steps"]}
+    assert decomfl["learning_rate"] not in {v["learning_rate"] for v in others}
+    shared = ("model", "num_clients", "clients_per_round", "batch_size", "partition")
+    for values in others:
+        assert [values[name] for name in shared] == [decomfl[name] for name in shared]
+
+
+def test_the_figure_of_what_was_exchanged_leaves_out_the_first_model_in_one_panel():
+    rows = [
+        {"bytes_up": 10 * n, "bytes_down": 200 + 20 * n, "bytes_first_sync": 150 + 50 * (n > 1)}
+        for n in (1, 2)
+    ]
+    rows = [
+        row | {"round": i, "test_accuracy": i / 2, "forward_passes": 1, "backward_passes": 0}
+        for i, row in enumerate(rows, start=1)
+    ]
+    run = comparison.Result("m", 0, 0.1, {"history": rows, "history_seconds": [1.0, 2.0]})
+    figure = comparison.figures([run], {"m": 0.1}, [0.9], "m")["exchange.png"]
+    drawn = {axes.get_xlabel(): axes.lines[0].get_xdata().tolist() for axes in figure.axes}
+    assert drawn == {
+        "sent, all clients": [10, 20],
+        "received, all clients": [220, 240],
+        "both, without the first model": [80, 60],
+    }
+    # Summaries of earlier versions don't tell the first model.
+    for row in rows:
+        del row["bytes_first_sync"]
+    figure = comparison.figures([run], {"m": 0.1}, [0.9], "m")["exchange.png"]
+    assert [len(axes.lines[0].get_xdata()) for axes in figure.axes] == [2, 2, 0]
+    assert comparison.cost_to(run, 0.9)["bytes_first_sync"] is None
+    table = comparison.rows([run._replace(summary=run.summary | WHOLE)], {"m": 0.1}, [0.9])
+    cells = comparison.as_markdown(table, {}, "").splitlines()[-1].split("|")
+    assert [cell.strip() for cell in cells[5:8]] == ["20 B", "240 B", "–"]
 
 
 def test_methods_have_flags_of_their_own_and_share_the_rest():

@@ -206,12 +206,16 @@ def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path):
         )
         restored, _ = recording.restore(run, simulator)
         spent = [recording.epsilon(run, simulator, n) for n in range(ROUNDS + 1)]
+        logged = {n: m["rejected"] for n, m in run.log.metrics().items() if "rejected" in m}
         with pytest.raises(RunError, match="round 9 is not in the log, which holds 8 rounds"):
             recording.epsilon(run, simulator, ROUNDS + 1)
     # Of every round, evaluated or not.
     assert spent == [0.5 * n for n in range(ROUNDS + 1)]
     cohorts = simulator.cohorts(np.arange(ROUNDS))
     counts = [int(np.isin(cohorts[:n], BOTH).sum()) for n in (4, ROUNDS)]
+    # With the state after the round.
+    of_rounds = enumerate(np.isin(cohorts, BOTH).sum(axis=1).tolist())
+    assert logged == {r + 1: count for r, count in of_rounds if count}
     assert [record.rejected for record in whole.history] == counts
     assert [record.row()["epsilon"] for record in whole.history] == [2.0, 4.0]
     assert restored.history == whole.history

@@ -287,7 +287,7 @@ def descend(phases, scalars, rounds, start):
     return states
 
 
-def test_a_schedule_is_followed_round_by_round(quick_compile):
+def test_a_schedule_is_followed_round_by_round():
     text = "2:lr=0.5,P=2;4:mu=0.1,P=1;5:P=1,lr=2"
     arguments = [
         "--estimator=forward",
@@ -351,9 +351,7 @@ def test_factors_on_perturbations_are_rounded_and_never_below_one():
         ("jvp", "gaussian"),
     ],
 )
-def test_every_estimator_and_perturbation_measures_the_slope(
-    quick_compile, estimator, perturbation
-):
+def test_every_estimator_and_perturbation_measures_the_slope(estimator, perturbation):
     phases = phases_of(
         f"--estimator={estimator}",
         f"--perturbation={perturbation}",
@@ -380,7 +378,7 @@ def test_every_estimator_and_perturbation_measures_the_slope(
     assert abs(slopes).min() > 0.01
 
 
-def test_weight_decay_is_added_to_the_direction_of_sgd(quick_compile):
+def test_weight_decay_is_added_to_the_direction_of_sgd():
     phases = phases_of(
         "--local_steps=1",
         "--num_perturbations=2",
@@ -395,7 +393,7 @@ def test_weight_decay_is_added_to_the_direction_of_sgd(quick_compile):
     assert third == pytest.approx(second - 0.1 * (0.2 * second + 0.5 * 0.2 * first))
 
 
-def test_weight_decay_of_adam_is_decoupled(quick_compile):
+def test_weight_decay_of_adam_is_decoupled():
     adam = ["--optimizer=adam", "--local_steps=1", "--num_perturbations=2", "--learning_rate=0.1"]
     phases = phases_of(*adam, "--weight_decay=0.2")
     first, second, third = (

@@ -147,7 +147,7 @@ def test_only_trained_leaves_are_params():
 
 
 @pytest.mark.parametrize("estimator", ["forward", "projection", "forward_gradient"])
-def test_adapters_learn_and_the_scalars_alone_rebuild_them(estimator, quick_compile):
+def test_adapters_learn_and_the_scalars_alone_rebuild_them(estimator):
     model = language.adapt(*tiny_texts.model(), lora_rank=4, lora_pattern="mlp|attention", key=KEY)
     built = classes(model)
     chosen = {

@@ -28,7 +28,7 @@ def first_words(answers):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_round_on_every_benchmark(name, model, tmp_path, quick_compile):
+def test_a_round_on_every_benchmark(name, model, tmp_path):
     text_benchmarks.prepare(tmp_path, name)
     data = benchmarks.load(name, tmp_path)
     assert (len(data.train), len(data.test)) == (

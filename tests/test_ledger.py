@@ -33,6 +33,7 @@ def test_columns_of_five_rounds_by_hand():
     assert book.dense_bytes == 9 * 2 * 1000
     assert book.last_round.tolist() == [4, 3, 4, 4]
     assert book.per_client(book.totals.up) == 45.0
+    assert book.first_syncs == [2000, 1000, 0, 0, 1000]
 
 
 def test_late_clients_are_sent_the_messages_that_were_missed():

@@ -49,7 +49,7 @@ def test_there_is_indeed_no_gradient(name):
     assert not np.any(gradient)
 
 
-def test_accuracy_itself_can_be_improved_on_digits(quick_compile):
+def test_accuracy_itself_can_be_improved_on_digits():
     """The forward and the central difference both see what has no gradient."""
     dataset = sources.digits()
     root = keys.root(0)

@@ -58,7 +58,7 @@ def test_a_client_computes_what_is_declared(name, local_steps):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_declares_what_it_computes(name, quick_compile):
+def test_every_method_declares_what_it_computes(name):
     method = METHODS[name]
     mask = () if method.mask is None else (jnp.arange(4) < 2,)
     declared, seen = evaluations(lambda loss: method.make(loss, 0.1, *mask))

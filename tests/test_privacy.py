@@ -196,6 +196,9 @@ def test_epsilon_is_the_library_s_own_figure():
     assert privacy.client_epsilon({10: 7}, num_clients=10, **options) == reference(
         1.5, 10, 10, 7, 1e-5
     )
+    # Of those asked only six were heard: less noise, but ten were in the sample.
+    actual = privacy.client_epsilon({6: 40}, num_clients=200, **options)
+    assert actual == reference(1.5 * math.sqrt(6 / 10), 10, 200, 40, 1e-5)
     actual = privacy.example_epsilon(
         30, noise_multiplier=2.0, batch_size=8, num_examples=400, delta=1e-6
     )

@@ -94,6 +94,45 @@ def test_a_round_that_is_not_finite_leaves_no_trace():
     np.testing.assert_allclose(loop.state.params, sum(means), rtol=1e-6)
 
 
+def test_a_round_without_a_finite_loss_leaves_no_trace():
+    """Though every upload is good: clients forget it too."""
+    algorithm = counting()
+
+    def client(key, state, memory, batches, own_key):
+        result = algorithm.client(key, state, memory, batches, own_key)
+        return result._replace(stats={"loss": jnp.where(state.round < 7, 0.0, jnp.nan)})
+
+    loop = advance(algorithm._replace(client=client), 20)
+    assert not loop.healthy
+    assert int(loop.done) == int(loop.state.round) == 7
+    counts, last, means = expected_counts(np.asarray(loop.records.attendance.cohort)[:7])
+    assert loop.memory.rounds.tolist() == counts
+    assert loop.memory.last.tolist() == last
+    np.testing.assert_allclose(loop.state.params, sum(means), rtol=1e-6)
+
+
+def test_each_client_is_given_the_round_s_key_and_one_of_its_own():
+    """Clients that upload their keys' words: no stream of keys may stand in for another."""
+
+    def client(key, state, memory, batches, own_key):
+        words = {"round": jax.random.key_data(key), "own": jax.random.key_data(own_key)}
+        return ClientResult(words, memory, {"loss": jnp.zeros(())})
+
+    def server(key, state, broadcast):
+        return ServerState(state.params, (), state.round + 1)
+
+    algorithm = counting()._replace(
+        client=client, aggregate=lambda uploads, weights: uploads, server=server
+    )
+    records, root = advance(algorithm, 3).records, keys.root(0)
+    for r in range(3):
+        cohort = records.attendance.cohort[r].tolist()
+        shared = jax.random.key_data(keys.round_key(root.shared, r))
+        own = [jax.random.key_data(keys.own_key(root.own, r, client)) for client in cohort]
+        np.testing.assert_array_equal(records.broadcast["round"][r], [shared] * COHORT)
+        np.testing.assert_array_equal(records.broadcast["own"][r], own)
+
+
 def test_weights_are_the_clients_numbers_of_examples():
     loop = advance(counting(), 1, "examples")
     cohort = loop.records.attendance.cohort[0].tolist()

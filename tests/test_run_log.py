@@ -314,6 +314,16 @@ def test_altered_type_is_damage(path, sound_log):
     assert left == 137
 
 
+def test_rounds_after_a_missing_one_are_not_kept(path, sound_log):
+    """Their rows are sound, but without the missing one they can't be replayed."""
+    path.write_bytes(sound_log[0])
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("DELETE FROM rounds WHERE round = 137")
+    left, notice = check_salvage(path, path.read_bytes(), sound_log)
+    assert left == 137
+    assert "the run resumes after round 136, the last good one" in notice
+
+
 def test_altered_bookkeeping_of_a_page_is_damage(path, sound_log):
     """All rows can be read, but rows written later might not be."""
     damaged = bytearray(sound_log[0])

@@ -33,10 +33,12 @@ def params(dtype=np.float64) -> dict:
 
 
 def stack(x, a):
-    def layer(a, weights):
-        return jnp.tanh(a @ weights["kernel"]) * weights["scale"], None
+    """Layers with a constant of the carry's shape, which must not be taken for the carry."""
 
-    return jax.lax.scan(layer, a, x["layers"])[0]
+    def layer(b, weights):
+        return jnp.tanh(b @ weights["kernel"] + a) * weights["scale"], None
+
+    return jax.lax.scan(layer, 2 * a, x["layers"])[0]
 
 
 def conditional(x, a):
@@ -76,6 +78,16 @@ FUNCTIONS = {
     "rounded": lambda x, a: (a.astype(jnp.float32) @ x["dense"].astype(jnp.float32)).sum(0),
     "returned": lambda x, a: x["dense"],
 }
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_inner_products_with_factors_are_those_with_their_arrays(x64, rank):
+    directions = perturbations.low_rank(rank).sample(KEY, params())
+    for x, z in zip(
+        jax.tree.leaves(params()), jax.tree.leaves(directions, is_leaf=sums.is_value), strict=True
+    ):
+        if isinstance(z, sums.Factors):
+            np.testing.assert_allclose(z.inner(x), jnp.sum(x * z.array()), rtol=1e-10)
 
 
 @functools.cache

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from commands import Commands, num_logged, stray_lines, summary_of
 
+from experiments import report
+
 ROUNDS = 1000
 # One local step and five directions: 20 bytes of broadcast a round.
 QUADRATIC = """
@@ -61,7 +63,7 @@ MORE = [
 ROW = [
     *("round", "train_loss", "test_loss", "test_accuracy", "bytes_up", "bytes_down"),
     *("rejected", "epsilon"),
-    *("forward_passes", "backward_passes"),
+    *("forward_passes", "backward_passes", "bytes_first_sync"),
 ]
 
 
@@ -94,8 +96,22 @@ def test_the_console_shows_the_progress_and_a_table(whole):
         *("round", "train", "loss", "test", "loss", "accuracy", "up", "down")
     ]
     assert [int(line.split()[0]) for line in lines[2:12]] == list(range(100, 1001, 100))
+    assert "Exchanging the model in as many rounds would have cost it 200 kB. FedAvg, which" in out
     assert lines[-1] == "Figures, log and summary are in run"
     assert sorted(path.name for path in folder.iterdir()) == ["quadratic.flags", "run"]
+
+
+def test_the_table_sets_the_exchange_of_models_beside_scalars_where_it_costs_more(whole, capsys):
+    summary = summary_of(whole[0] / "run")
+    spent = summary["bytes_up_per_client"] + summary["bytes_down_per_client"]
+    for change, told in (
+        ({}, True),
+        ({"algorithm": "fedavg"}, False),
+        ({"bytes_fedavg_per_client": spent + 1}, True),
+        ({"bytes_fedavg_per_client": spent}, False),
+    ):
+        report.print_table(summary | change)
+        assert ("Exchanging the model" in capsys.readouterr().out) == told, change
 
 
 def test_the_summary_holds_what_is_promised(whole):
@@ -128,6 +144,9 @@ def test_the_summary_holds_what_is_promised(whole):
     down = sum(summary[f"bytes_{part}_per_client"] for part in parts)
     assert summary["bytes_down_per_client"] == pytest.approx(down)
     assert history[-1]["bytes_up"] == 20 * summary["bytes_up_per_client"]
+    assert history[-1]["bytes_first_sync"] == 20 * 400
+    # 5 clients are new in the first round; 20 rounds leave hardly one that never took part.
+    assert 5 * 400 <= history[0]["bytes_first_sync"] <= 20 * 400
     assert history[-1]["bytes_down"] == pytest.approx(20 * down)
 
     # Central differences along 5 directions by 5 clients.

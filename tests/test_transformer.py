@@ -147,6 +147,47 @@ def test_padding_does_not_matter(params):
     np.testing.assert_array_equal(real[2], real[0])
 
 
+def test_a_token_sees_itself_and_what_stands_before_it(params):
+    """Another token changes the scores from its own place on, and none before it."""
+    tokens, mask = prompts("right", TINY.vocab_size)
+    scores = np.asarray(apply(TINY, params, tokens, mask))
+    for place in (3, 8):
+        other = tokens.copy()
+        other[:, place] = (other[:, place] + 1) % TINY.vocab_size
+        changed = np.abs(np.asarray(apply(TINY, params, other, mask)) - scores).max(axis=2) > 0
+        assert not changed[:, :place].any()
+        assert changed[0, place:].all()
+
+
+def test_tokens_written_one_by_one_are_the_likeliest_of_the_whole_text(params):
+    """Decoding with a cache, against the scores of the text so far; padded on either side."""
+    steps = 8
+    sharp = jax.tree.map(lambda x: 5 * x, params)  # so that what is written hangs on positions
+    tokens, mask = prompts("right", TINY.vocab_size)
+    length, rows = mask.sum(axis=1), np.arange(len(mask))
+    text = np.pad(tokens, [(0, 0), (0, steps)])
+    for end in (length + step for step in range(steps)):
+        real = np.arange(text.shape[1]) < end[:, None]
+        scores = np.asarray(apply(TINY, sharp, text, real))
+        text[rows, end] = scores[rows, end - 1].argmax(axis=1)
+    expected = [row[n : n + steps] for row, n in zip(text, length, strict=True)]
+    for side in ("left", "right"):
+        written = generation.generate(TINY, sharp, *prompts(side, TINY.vocab_size), steps)
+        np.testing.assert_array_equal(written, expected)
+
+
+def test_positions_turn_pairs_of_features_in_the_complex_plane():
+    """Feature i with feature i + d/2, position m by m θ^(−2i/d): as one complex number."""
+    d, theta = TINY.head_dim, TINY.rope_theta
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, d))
+    positions = np.array([[0, 1, 2, 3, 4], [0, 0, 7, 8, 9]])
+    angles = positions[:, :, None, None] * theta ** (-2.0 * np.arange(d // 2) / d)
+    expected = (x[..., : d // 2] + 1j * x[..., d // 2 :]) * np.exp(1j * angles)
+    turned = blocks.rotate(jnp.asarray(x, jnp.float32), blocks.rotary(TINY, jnp.asarray(positions)))
+    expected = np.concatenate([expected.real, expected.imag], axis=-1)
+    np.testing.assert_allclose(turned, expected, atol=1e-5)
+
+
 def test_vmap_over_clients_keeps_the_weights_unbatched(params):
     tokens = jax.random.randint(jax.random.key(1), (3, 4, 6), 0, TINY.vocab_size)
     mask = jnp.ones(tokens.shape, bool)
@@ -195,7 +236,7 @@ def test_half_precision(dtype, params):
 ROUNDED = architectures.dataclasses.replace(TINY, matmul_dtype="bfloat16")
 
 
-def test_products_are_of_rounded_factors_and_summed_in_float32(quick_compile):
+def test_products_are_of_rounded_factors_and_summed_in_float32():
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal((64, 64)), jnp.float32) for _ in range(2))
     found = jax.jit(blocks.dense, static_argnums=0)(ROUNDED, x, {"kernel": w})
@@ -232,7 +273,7 @@ def test_products_with_a_tables_adapters_are_rounded_too(params):
 
 
 @pytest.mark.parametrize("name", ["forward_difference", "projection", "forward_gradient"])
-def test_scalars_of_rounded_products_are_close(name, params, quick_compile):
+def test_scalars_of_rounded_products_are_close(name, params):
     """By differences in low-rank directions, whose step is added after the product, and by
     derivatives through the rounding."""
     tokens, mask = prompts("left", TINY.vocab_size)

@@ -135,6 +135,7 @@ class Ledger:
         self.totals = RoundBytes(0, 0, 0, 0, 0)
         self.participations = 0
         self.attended: list[int] = []  # of each round, how many clients were there
+        self.first_syncs: list[int] = []  # of each round, the bytes of first synchronisation
         self.rejected = 0
         # Of each client, and how many rounds had how many uploads that counted.
         self.times = np.zeros(num_clients, np.int64)
@@ -189,6 +190,7 @@ class Ledger:
         self.totals = RoundBytes(*(a + b for a, b in zip(self.totals, counted, strict=True)))
         self.participations += members.size
         self.attended.append(members.size)
+        self.first_syncs.append(counted.first_sync)
         self.times[members] += 1
         self.dense_bytes += 2 * members.size * sizes.params
         return counted

@@ -31,6 +31,7 @@ _COLOURS = (
 )
 _LINES = ("-", "--", ":", "-.")
 _INK, _FAINT = "#333333", "#DDDDDD"
+_IN_AS_MANY_ROUNDS = "the model exchanged in as many rounds"
 _MAX_MARKERS = 30
 _MAX_LABELLED_CELLS = 200
 _MAX_NAMED_CLIENTS = 25
@@ -58,9 +59,10 @@ def accuracy_against_rounds(history: History, title: str) -> Figure:
 def accuracy_against_bytes(history: History, dense_bytes_per_round: float, title: str) -> Figure:
     """Returns test accuracy against the bytes exchanged, in both directions by all clients.
 
-    A second curve has the same accuracies at the bytes that exchanging the whole model would
-    have cost; the legend gives both totals. Bytes are on a log axis, so evaluations before
-    the first byte are left out. Where there is no accuracy the test loss is drawn.
+    A second curve has the same accuracies at the bytes that exchanging the whole model in as many
+    rounds would have cost; the legend gives both totals. It is no measurement of FedAvg, which
+    needs fewer rounds. Bytes are on a log axis, so evaluations before the first byte are left
+    out. Where there is no accuracy the test loss is drawn.
 
     Args:
       history: evaluations in the order of rounds; None and NaN are left out.
@@ -119,6 +121,58 @@ def comparison(
     """
     figure = _new_figure(title, (7.2, 4.8 + 0.18 * math.ceil(len(curves) / 4)))
     axes = figure.subplots()
+    _compare(axes, curves, x_label, targets, logarithmic=logarithmic, number=number)
+    axes.set_ylabel("test accuracy")
+    if curves:
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def comparison_panels(
+    panels: Mapping[str, Mapping[str, Curve]],
+    title: str,
+    targets: Sequence[float] = (),
+    number: Callable[[float], str] = "{:g}".format,
+) -> Figure:
+    """Returns test accuracy of several methods against several costs, side by side on log axes.
+
+    Points without cost are left out.
+
+    Args:
+      panels: what the cost is -> name of a method -> its curve; the same methods in each.
+      title: of the figure.
+      targets: accuracies to mark.
+      number: how a cost is written.
+
+    Raises:
+      ValueError: without a panel.
+    """
+    if not panels:
+        raise ValueError("a figure of no panels was asked for: give at least one")
+    count = max(len(curves) for curves in panels.values())
+    figure = _new_figure(title, (3.4 * len(panels), 3.6 + 0.18 * math.ceil(count / 6)))
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (label, curves) in zip(row, panels.items(), strict=True):
+        _compare(axes, curves, label, targets, logarithmic=True, number=number)
+    row[0].set_ylabel("test accuracy")
+    handles, names = row[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8
+        )
+    return figure
+
+
+def _compare(
+    axes: Axes,
+    curves: Mapping[str, Curve],
+    x_label: str,
+    targets: Sequence[float],
+    *,
+    logarithmic: bool,
+    number: Callable[[float], str],
+) -> None:
+    """Draws accuracies of several methods against one cost."""
     _tidy(axes)
     for index, (name, curve) in enumerate(curves.items()):
         colour = _COLOURS[index % len(_COLOURS)]
@@ -131,7 +185,6 @@ def comparison(
         )
     for target in targets:
         axes.axhline(target, color=_INK, linewidth=0.6, linestyle=":")
-    axes.set_ylabel("test accuracy")
     axes.set_xlabel(x_label)
     axes.yaxis.set_major_formatter(_formatter(_per_cent))
     if logarithmic:
@@ -140,9 +193,6 @@ def comparison(
         _log_ticks(axes.xaxis, high / low, number)
     else:
         _count_axis(axes.xaxis, 9)
-    if curves:
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return figure
 
 
 def label_distribution(counts: np.ndarray, title: str) -> Figure:
@@ -262,13 +312,11 @@ def _points(
 def _totals(spent: np.ndarray, dense: np.ndarray) -> tuple[str, str]:
     """Returns the legend: what each curve cost in the end."""
     if not spent.size:
-        return "this run", "dense exchange"
-    run, exchange = (
+        return "this run", _IN_AS_MANY_ROUNDS
+    return (
         f"this run: {human_bytes(spent[-1])}",
-        f"dense exchange: {human_bytes(dense[-1])}",
+        f"{_IN_AS_MANY_ROUNDS}: {human_bytes(dense[-1])}",
     )
-    ratio = dense[-1] / spent[-1] if spent[-1] > 0 else 0.0
-    return run, f"{exchange}, {ratio:,.0f} times as much" if ratio >= 2 else exchange
 
 
 def _is_finite(value: Any) -> bool:

@@ -1,0 +1,600 @@
+"""Plants faults in a copy of the library, one at a time, and sees whether the tests find them.
+
+    python tests/planted_faults.py                       all of them, some seven minutes of CPU
+    python tests/planted_faults.py --only scan_order     some of them
+    python tests/planted_faults.py --repo ../other       those of another checkout
+
+Coverage says which lines a test suite runs, and not whether it would notice that one of them is
+wrong. So before and after a change to the tests the faults below are planted: each is one that a
+reviewer could overlook, in a place where the results stay plausible. A fault names the test files
+in which it should be found, the cheapest first, and they run up to the first failure. In the end
+the tests that found the faults run on the unchanged tree, where they must pass.
+
+The exit status is 1 if a fault is not found, can no longer be planted, or keeps the tests from
+running at all, or if the unchanged tree fails.
+"""
+
+import argparse
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+TIMEOUT = 1800
+"""Seconds after which a run of tests has given no answer."""
+
+
+class Fault(NamedTuple):
+    """A fault, and where it should be found."""
+
+    name: str
+    file: str
+    old: str  # occurs once in the file
+    new: str
+    breaks: str  # one sentence
+    tests: tuple[str, ...]  # files under tests/, without "test_" and ".py"
+
+
+FAULTS = (
+    # Rounds.
+    Fault(
+        "round_key_ahead",
+        "zofl_jax/rounds.py",
+        "(keys.round_key(root.shared, r), state), (before, batches, own_keys)",
+        "(keys.round_key(root.shared, r + 1), state), (before, batches, own_keys)",
+        "Clients measure along the next round's directions, the server steps along this one's.",
+        ("rounds",),
+    ),
+    Fault(
+        "own_key_from_batches",
+        "zofl_jax/rounds.py",
+        "keys.own_key(root.own, r, c)",
+        "keys.own_key(root.batches, r, c)",
+        "A client's private noise comes from the key of its batches.",
+        ("rounds",),
+    ),
+    Fault(
+        "memory_of_a_lost_round",
+        "zofl_jax/rounds.py",
+        "_where_rows(counted & healthy, results.memory, before)",
+        "_where_rows(counted, results.memory, before)",
+        "Clients remember a round that was not applied: theirs is not the last good state.",
+        ("rounds",),
+    ),
+    Fault(
+        "nan_accepted",
+        "zofl_jax/rounds.py",
+        "jnp.all(jnp.abs(flat) <= jnp.asarray(bound, u.dtype), axis=1)",
+        "~jnp.any(jnp.abs(flat) > jnp.asarray(bound, u.dtype), axis=1)",
+        "A message of NaN compares as small and is accepted.",
+        ("conditions",),
+    ),
+    Fault(
+        "weights_of_other_clients",
+        "zofl_jax/rounds.py",
+        "train.offsets[cohort + 1] - train.offsets[cohort]",
+        "jnp.diff(train.offsets)[:clients_per_round]",
+        "Means are weighted by the examples of the first clients instead of the cohort's.",
+        ("rounds",),
+    ),
+    Fault(
+        "replay_repeats_a_piece",
+        "zofl_jax/simulation.py",
+        "_pad(x[at : at + most], most)",
+        "_pad(x[:most], most)",
+        "A replay longer than one dispatch takes the first dispatch's rounds again and again.",
+        ("replay",),
+    ),
+    # Scalars and directions.
+    Fault(
+        "central_over_mu",
+        "zofl_jax/estimators.py",
+        "(plus - minus) / (2 * mu)",
+        "(plus - minus) / mu",
+        "Central differences are twice the derivative.",
+        ("estimators",),
+    ),
+    Fault(
+        "base_loss_perturbed",
+        "zofl_jax/estimators.py",
+        "jnp.where(jnp.arange(-1, num_perturbations) < 0, 0.0, mu)",
+        "jnp.where(jnp.arange(-1, num_perturbations) <= 0, 0.0, mu)",
+        "Where models are evaluated together, the first direction is measured at no distance.",
+        ("low_rank",),
+    ),
+    Fault(
+        "last_direction_of_a_part",
+        "zofl_jax/estimators.py",
+        "jnp.minimum(jnp.arange(chunks * together), count - 1)",
+        "jnp.minimum(jnp.arange(chunks * together), count - 2)",
+        "Evaluated in parts, the last direction gets the loss of the one before.",
+        ("low_rank",),
+    ),
+    Fault(
+        "sum_for_mean",
+        "zofl_jax/estimators.py",
+        "perturbation.accumulate(direction_keys, params, scalars / num_perturbations)",
+        "perturbation.accumulate(direction_keys, params, scalars)",
+        "The direction is a sum over P directions instead of their mean.",
+        ("estimators",),
+    ),
+    Fault(
+        "sphere_scale",
+        "zofl_jax/perturbations.py",
+        "factor = math.sqrt(size) / jnp.sqrt(square)",
+        "factor = math.sqrt(len(jax.tree.leaves(params)) * size) / jnp.sqrt(square)",
+        "The sphere's radius grows with the number of leaves.",
+        ("perturbations",),
+    ),
+    Fault(
+        "rank_for_its_root",
+        "zofl_jax/perturbations.py",
+        "jnp.repeat(scalars / math.sqrt(rank), rank)",
+        "jnp.repeat(scalars / rank, rank)",
+        "Low-rank directions are summed with 1/r where they are measured with 1/√r.",
+        ("hiso", "low_rank"),
+    ),
+    Fault(
+        "low_rank_inner",
+        "zofl_jax/sums.py",
+        "jnp.sum(projected * self.a) / math.sqrt(self.a.shape[-1])",
+        "jnp.sum(projected * self.a)",
+        "Exact derivatives along low-rank directions lack the factor 1/√r.",
+        ("structured",),
+    ),
+    # Sums that are not formed.
+    Fault(
+        "scan_order",
+        "zofl_jax/structured.py",
+        "[*consts, *carry, *whole]",
+        "[*carry, *consts, *whole]",
+        "The body of a scan gets its carry where its constants belong.",
+        ("structured",),
+    ),
+    Fault(
+        "wide_term_dropped",
+        "zofl_jax/structured.py",
+        "for low, outer in wide:",
+        "for low, outer in wide[1:]:",
+        "A product that can't stand side by side with its matrix loses a term of many columns.",
+        ("structured",),
+    ),
+    Fault(
+        "reshape_mixes_sides",
+        "zofl_jax/structured.py",
+        "kinds = set(sides[i : i + len(run_old)])",
+        "kinds = set(sides[i : i + 1])",
+        "A reshape that merges axes of both factors is taken for one of a single factor.",
+        ("structured",),
+    ),
+    Fault(
+        "step_behind_in_common",
+        "zofl_jax/algorithms/decomfl.py",
+        "optimizer, model, (k - 1) * num_perturbations, scalars / num_perturbations",
+        "optimizer, model, (k - 1), scalars / num_perturbations",
+        "Clients' coefficients overwrite those of the local step before.",
+        ("low_rank",),
+    ),
+    # Keys.
+    Fault(
+        "directions_of_a_step_again",
+        "zofl_jax/keys.py",
+        "direction_keys(step_key(key, k), num_perturbations)",
+        "direction_keys(step_key(key, 0 * k), num_perturbations)",
+        "All local steps of a round in common have the same directions.",
+        ("low_rank",),
+    ),
+    Fault(
+        "own_key_every_round",
+        "zofl_jax/keys.py",
+        "jax.random.fold_in(jax.random.fold_in(own, round_index), client)",
+        "jax.random.fold_in(own, client)",
+        "A client's private noise is the same in all rounds, and cancels in differences.",
+        ("keys",),
+    ),
+    Fault(
+        "batches_of_a_step_again",
+        "zofl_jax/data/batches.py",
+        "sampling.subset(keys.step_key(key, step), count, batch_size)",
+        "sampling.subset(keys.step_key(key, 0 * step), count, batch_size)",
+        "All local steps of a round see the same batch.",
+        ("batches",),
+    ),
+    # The ledger.
+    Fault(
+        "catch_up_from_its_last_round",
+        "zofl_jax/ledger.py",
+        "held = 0 if new else last + (sizes.sync is None)",
+        "held = 0 if new else last",
+        "A client is sent the broadcast of its last round a second time.",
+        ("ledger",),
+    ),
+    Fault(
+        "replay_without_seeds",
+        "zofl_jax/ledger.py",
+        "sent_until_now + sizes.seed + sizes.broadcast",
+        "sent_until_now + sizes.broadcast",
+        "Seeds of missed rounds are not counted.",
+        ("ledger",),
+    ),
+    Fault(
+        "first_sync_twice",
+        "zofl_jax/ledger.py",
+        "return catch_up, sizes.params if new else 0",
+        "return catch_up, sizes.params if last <= 0 else 0",
+        "A client that was last there in round 0 is sent the initial params again.",
+        ("ledger",),
+    ),
+    # Logs, replay and resume.
+    Fault(
+        "fingerprint_of_another_round",
+        "zofl_jax/recording.py",
+        "run.log.metrics().get(int(state.round), {}).get(FINGERPRINT)",
+        "run.log.metrics().get(int(state.round) - 1, {}).get(FINGERPRINT)",
+        "The checksum is looked up where there is none, so a replay with other bits passes.",
+        ("recording",),
+    ),
+    Fault(
+        "a_round_too_many_kept",
+        "zofl_jax/recording.py",
+        "run.log.truncate_after(done - 1)",
+        "run.log.truncate_after(done)",
+        "A resume keeps the row of the round that is run again.",
+        ("recording",),
+    ),
+    Fault(
+        "rejected_a_round_early",
+        "zofl_jax/recording.py",
+        "trace.first_round + i + 1: {REJECTED: float(count)}",
+        "trace.first_round + i: {REJECTED: float(count)}",
+        "Rejected messages are logged with the state before their round.",
+        ("conditions",),
+    ),
+    Fault(
+        "row_checksum_ignored",
+        "zofl_jax/run_repair.py",
+        "sound = run_log.checksum(values) == crc",
+        "sound = crc is not None",
+        "A row is trusted whose checksum is wrong.",
+        ("run_log",),
+    ),
+    Fault(
+        "salvage_over_a_gap",
+        "zofl_jax/run_repair.py",
+        'if table == "rounds" and not (sound and values[0] == index):\n                return\n',
+        'if table == "rounds" and not (sound and values[0] >= index):\n                return\n',
+        "A damaged log is salvaged beyond a missing round, and its replay is of another run.",
+        ("run_log",),
+    ),
+    Fault(
+        "snapshot_of_the_start_deleted",
+        "zofl_jax/snapshots.py",
+        "wanted = {0, *[r for r in rounds if r <= rounds_done][-keep:]}",
+        "wanted = {*[r for r in rounds if r <= rounds_done][-keep:]}",
+        "The snapshot of round 0, from which every round can be replayed, is deleted.",
+        ("runs",),
+    ),
+    # Privacy.
+    Fault(
+        "clip_after_noise",
+        "zofl_jax/privacy.py",
+        "clipped = aggregation.clip_norm(result.upload, clip)\n"
+        "        return result._replace(upload=_with_noise(noisy, clipped, deviation))",
+        "noised = _with_noise(noisy, result.upload, deviation)\n"
+        "        return result._replace(upload=aggregation.clip_norm(noised, clip))",
+        "Uploads are clipped after the noise, which is private by no theorem.",
+        ("privacy",),
+    ),
+    Fault(
+        "noise_without_the_clip",
+        "zofl_jax/privacy.py",
+        "deviation = noise_multiplier * clip / math.sqrt(clients_per_round)",
+        "deviation = noise_multiplier / math.sqrt(clients_per_round)",
+        "The noise doesn't scale with the clipping norm.",
+        ("privacy",),
+    ),
+    Fault(
+        "sampling_rate_of_those_heard",
+        "zofl_jax/privacy.py",
+        "parts.append((effective, clients_per_round, num_clients, rounds))",
+        "parts.append((effective, count, num_clients, rounds))",
+        "ε counts as sampled those heard, who are fewer than those asked.",
+        ("privacy",),
+    ),
+    Fault(
+        "noise_of_a_step_again",
+        "zofl_jax/privacy.py",
+        "_Step(batches, jax.random.split(noise, algorithm.local_steps))",
+        "_Step(batches, jnp.broadcast_to(noise, (algorithm.local_steps,)))",
+        "All local steps of a client have the same noise.",
+        ("privacy",),
+    ),
+    # What the server makes of uploads, and what they are made of.
+    Fault(
+        "mean_ignores_weights",
+        "zofl_jax/aggregation.py",
+        "shares = weights.astype(wide) / jnp.where(total > 0, total, 1)",
+        "shares = (weights > 0).astype(wide) / jnp.maximum(jnp.sum(weights > 0), 1).astype(wide)",
+        "The weighted mean is uniform over those who are there.",
+        ("aggregation",),
+    ),
+    Fault(
+        "trimmed_on_one_side",
+        "zofl_jax/aggregation.py",
+        "kept = ((rank >= dropped) & (rank < count - dropped)).astype(jnp.float32)",
+        "kept = ((rank >= dropped) & (rank < count)).astype(jnp.float32)",
+        "The trimmed mean keeps the largest numbers.",
+        ("aggregation",),
+    ),
+    Fault(
+        "error_feedback_dropped",
+        "zofl_jax/compression.py",
+        "whole = jax.tree.map(lambda u, r: u + r.astype(u.dtype), result.upload, memory.residual)",
+        "whole = jax.tree.map(lambda u, r: u + 0 * r.astype(u.dtype), result.upload, "
+        "memory.residual)",
+        "What an upload lost is kept, but not added to the next one.",
+        ("first_order",),
+    ),
+    Fault(
+        "cohort_with_repeats",
+        "zofl_jax/sampling.py",
+        "jnp.where(jnp.any(chosen == candidate), otherwise, candidate)",
+        "jnp.where(jnp.any(chosen == candidate), candidate, candidate)",
+        "A client may be twice in a cohort.",
+        ("sampling",),
+    ),
+    Fault(
+        "absent_inform_the_attack",
+        "zofl_jax/attacks.py",
+        "return present & ~malicious",
+        "return ~malicious",
+        "Attackers know what absent clients would have sent.",
+        ("attacks",),
+    ),
+    Fault(
+        "late_along_new_directions",
+        "zofl_jax/staleness.py",
+        "after = algorithm.server(before, state, late)",
+        "after = algorithm.server(key, state, late)",
+        "Late scalars move the model along the directions of the round they arrive in.",
+        ("conditions",),
+    ),
+    # Methods.
+    Fault(
+        "hiso_floor",
+        "zofl_jax/algorithms/hiso.py",
+        "(1 - nu) * h + nu * (square + epsilon)",
+        "(1 - nu) * h + nu * square + epsilon",
+        "The curvature's floor is added in full in every step, not its share ν.",
+        ("hiso",),
+    ),
+    Fault(
+        "fedkseed_repeated_seed",
+        "zofl_jax/algorithms/fedkseed.py",
+        "SeedPool(accumulators.at[seeds].add(parts), amplitudes, counts)",
+        "SeedPool(accumulators.at[seeds].set(accumulators[seeds] + parts), amplitudes, counts)",
+        "A seed drawn twice in a round counts once in its accumulator.",
+        ("scalar_methods",),
+    ),
+    Fault(
+        "scaffold_share",
+        "zofl_jax/algorithms/scaffold.py",
+        "lambda c, d: c + share * d",
+        "lambda c, d: c + d",
+        "The server's control moves as if the cohort were the population.",
+        ("conditions",),
+    ),
+    Fault(
+        "feedsign_tie",
+        "zofl_jax/algorithms/feedsign.py",
+        "compression.pack((votes < 0).astype(jnp.uint8), 1)",
+        "compression.pack((votes <= 0).astype(jnp.uint8), 1)",
+        "A tie of the votes is negative.",
+        ("scalar_methods",),
+    ),
+    # Data and models.
+    Fault(
+        "shards_by_unshuffled_labels",
+        "zofl_jax/data/partition.py",
+        'shuffled[np.argsort(labels[shuffled], kind="stable")]',
+        'shuffled[np.argsort(labels, kind="stable")]',
+        "Shards hold examples of any label.",
+        ("partition",),
+    ),
+    Fault(
+        "rope_angle",
+        "zofl_jax/models/blocks.py",
+        "/ np.float32(config.head_dim)",
+        "/ np.float32(config.head_dim // 2)",
+        "Pairs of features turn by the angles of a head half as wide.",
+        ("transformer",),
+    ),
+    Fault(
+        "mask_off_by_one",
+        "zofl_jax/models/transformer.py",
+        "np.tril(np.ones((mask.shape[1],) * 2, bool))",
+        "np.tril(np.ones((mask.shape[1],) * 2, bool), 1)",
+        "A token attends to the one that it predicts.",
+        ("transformer",),
+    ),
+    Fault(
+        "decoding_positions_count_padding",
+        "zofl_jax/models/generation.py",
+        "positions = mask.sum(axis=1, keepdims=True) + state.step - 1",
+        "positions = jnp.full((batch, 1), length) + state.step - 1",
+        "A written token's position counts the padding before its prompt.",
+        ("transformer",),
+    ),
+    Fault(
+        "bos_never_added",
+        "zofl_jax/tasks/encoding.py",
+        "if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:",
+        "if tokenizer.bos_id is None or ids[:1] != [tokenizer.bos_id]:",
+        "Prompts lack the token that starts a text, or have it twice.",
+        ("encoding",),
+    ),
+    Fault(
+        "padding_attended",
+        "zofl_jax/tasks/encoding.py",
+        "mask = jnp.arange(size) >= size - length[:, None]",
+        "mask = jnp.arange(size) >= size - 1 - length[:, None]",
+        "The last token of the padding counts as one of the prompt.",
+        ("encoding",),
+    ),
+)
+
+
+def planted(text: str, fault: Fault) -> str:
+    """Returns a file's text with the fault in it.
+
+    Raises:
+      ValueError: if the text to be replaced isn't there once.
+
+    >>> planted("a = b + 1", Fault("sign", "a.py", "b + 1", "b - 1", "a is too small.", ()))
+    'a = b - 1'
+    """
+    count = text.count(fault.old)
+    if count != 1:
+        raise ValueError(
+            f"fault {fault.name} is stale: its text occurs {count} times in {fault.file}, not "
+            f"once; write it anew for the code as it is: {fault.old!r}"
+        )
+    return text.replace(fault.old, fault.new)
+
+
+def run_tests(folder: Path, tests: Iterable[str], cache: Path) -> tuple[int | None, str, float]:
+    """Runs files of tests, or single ones, up to the first failure.
+
+    Returns pytest's exit status (None without an answer), its output, and seconds of CPU.
+    """
+    options = ["-x", "-q", "-n", "0", "-rfE", "--tb=short", "-o", f"cache_dir={cache}"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        status, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired:
+        status, output = None, f"no answer in {TIMEOUT} s"
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return status, output, spent
+
+
+def failed_test(output: str) -> str | None:
+    """Returns the first test that pytest's summary names as failed or in error.
+
+    >>> failed_test("F\\nFAILED tests/test_a.py::test_b[c - d] - assert 1 == 2\\n1 failed")
+    'tests/test_a.py::test_b[c - d]'
+    """
+    found = re.search(r"^(?:FAILED|ERROR) (\S+?::[^\s\[]+(?:\[.*?\])?)(?: - |$)", output, re.M)
+    return found and found[1]
+
+
+def copy_tracked(repo: Path, folder: Path) -> None:
+    """Copies the files of a checkout that git tracks, as they are now."""
+    listed = subprocess.run(
+        ["git", "-C", str(repo), "ls-files", "-z"], check=True, capture_output=True, text=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (repo / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(repo / name, folder / name)
+
+
+def chosen(names: Sequence[str] | None) -> list[Fault]:
+    """Returns the faults of these names, all without names.
+
+    Raises:
+      ValueError: for a name that no fault has.
+    """
+    known = {fault.name: fault for fault in FAULTS}
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"there is no fault {name!r}: choose from {', '.join(known)}")
+    return [known[name] for name in names or known]
+
+
+def check_texts(repo: Path, faults: Sequence[Fault]) -> None:
+    """Raises ValueError, a line for each fault that can't be planted in the files of `repo`."""
+    stale = []
+    for fault in faults:
+        try:
+            planted((repo / fault.file).read_text(), fault)
+        except (OSError, ValueError) as error:
+            stale.append(str(error))
+    if stale:
+        raise ValueError("\n".join(stale))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="faults to plant, all by default")
+    parser.add_argument("--repo", type=Path, default=Path(__file__).parent.parent, help="checkout")
+    parser.add_argument(
+        "--cache", type=Path, help="pytest's cache folder, in the checkout's own by default"
+    )
+    given = parser.parse_args(arguments)
+    repo = given.repo.resolve()
+    cache = (given.cache or repo / ".pytest_cache" / "planted_faults").resolve()
+    try:
+        faults = chosen(given.only)
+        check_texts(repo, faults)
+    except ValueError as error:
+        print(error)
+        return 1
+
+    def tell(verdict: str, name: str, spent: float, rest: str) -> None:
+        print(f"{verdict:9} {name:32} {spent:6.1f} s  {rest}", flush=True)
+
+    began, total = time.perf_counter(), 0.0
+    found_by: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="planted_faults") as temporary:
+        unchanged, changed = Path(temporary) / "unchanged", Path(temporary) / "changed"
+        copy_tracked(repo, unchanged)
+        for fault in faults:
+            shutil.copytree(unchanged, changed)
+            file = changed / fault.file
+            file.write_text(planted(file.read_text(), fault))
+            files = [f"tests/test_{name}.py" for name in fault.tests]
+            status, output, spent = run_tests(changed, files, cache)
+            shutil.rmtree(changed)
+            total += spent
+            test = failed_test(output)
+            if status == 1 and test is not None:
+                found_by[fault.name] = test
+                tell("found", fault.name, spent, test)
+            elif status == 0:
+                tell("NOT FOUND", fault.name, spent, f"in {', '.join(files)}: {fault.breaks}")
+            else:
+                tell("BROKEN", fault.name, spent, f"pytest ended with {status}: {output[-2000:]}")
+        if found_by:
+            tests = sorted(set(found_by.values()))
+            status, output, spent = run_tests(unchanged, tests, cache)
+            total += spent
+            if status != 0:
+                print(f"{output}\nthe unchanged tree fails a test that is said to find a fault")
+                return 1
+            tell("passes", "(unchanged tree)", spent, f"the {len(tests)} tests that found them")
+    print(
+        f"{len(found_by)} of {len(faults)} faults found, {total:.0f} s of CPU, "
+        f"{time.perf_counter() - began:.0f} s in all"
+    )
+    return 0 if len(found_by) == len(faults) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
