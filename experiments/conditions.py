@@ -286,7 +286,7 @@ def epsilon(values: Values, task: Task) -> Callable[[ledger.Ledger], float] | No
         one, count, at = values["feedsign_epsilon"], values["num_perturbations"], values["dp_delta"]
         privacy.bit_epsilon(1, epsilon=one, delta=at)
         return lambda book: privacy.bit_epsilon(
-            count * int(book.times.max()), epsilon=one, delta=at
+            count * int(np.max(book.times)), epsilon=one, delta=at
         )
     if values["dp"] == "none":
         return None
@@ -308,7 +308,7 @@ def epsilon(values: Values, task: Task) -> Callable[[ledger.Ledger], float] | No
     }
     privacy.example_epsilon(1, **options)
     steps = values["local_steps"]
-    return lambda book: privacy.example_epsilon(steps * int(book.times.max()), **options)
+    return lambda book: privacy.example_epsilon(steps * int(np.max(book.times)), **options)
 
 
 def _check_algorithm(values: Values) -> None:

@@ -51,7 +51,7 @@ def imports(path: pathlib.Path) -> set[str]:
 
 def test_the_table_is_found():
     names = [name for row in rows() for name in row]
-    assert names[:2] == ["core", "keys"]
+    assert names[:2] == ["core", "jaxprs"]
     assert {"perturbations", "algorithms", "data", "simulation", "plots"} <= set(names)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend.core
 
+from zofl_jax import jaxprs
 from zofl_jax.core import Array, Batch, Params
 
 
@@ -31,23 +31,23 @@ def compiled(
     >>> compiled(lambda x: x @ weights, (jnp.ones(2),))(jnp.arange(2.0)).tolist()
     [1.0, 1.0]
     """
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
-    treedef = jax.tree.structure(out)
+    program, treedef = jaxprs.trace(fn, *args)
+    arrays = list(program.consts)
 
     def with_arrays(arrays: list[Array], *args: Any) -> Any:
-        program = jax.extend.core.ClosedJaxpr(closed.jaxpr, arrays)
-        evaluate = jax.extend.core.jaxpr_as_fun(program)
-        return jax.tree.unflatten(treedef, evaluate(*jax.tree.leaves(args)))
+        with_them = program._replace(consts=arrays)
+        return jax.tree.unflatten(treedef, jaxprs.run(with_them, jax.tree.leaves(args)))
 
     jitted = jax.jit(with_arrays, donate_argnums=tuple(1 + i for i in donate))
-    return functools.partial(jitted.lower(closed.consts, *args).compile(), closed.consts)
+    return functools.partial(jitted.lower(arrays, *args).compile(), arrays)
 
 
 def memory_bytes(function: Callable[..., Any]) -> int:
     """Returns the device memory that a function from `compiled` needs, in bytes.
 
     Arguments, results and temporaries by the compiler's account; what is overwritten counts
-    once. Its own figure for the peak leaves out the temporaries on CPU.
+    once. Its own figure for the peak leaves out the temporaries on CPU. 0 where the compiler
+    gives no account, which JAX doesn't promise.
 
     Raises:
       ValueError: for a function that `compiled` did not return.
@@ -58,13 +58,14 @@ def memory_bytes(function: Callable[..., Any]) -> int:
     """
     if not isinstance(function, functools.partial):
         raise ValueError(f"{function} does not come from `compiled`")
-    found = function.func.memory_analysis()  # type: ignore[attr-defined]
-    return (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        + found.temp_size_in_bytes
-        - found.alias_size_in_bytes
-    )
+    account = function.func.memory_analysis()  # type: ignore[attr-defined]
+    names = ("argument", "output", "temp", "alias")
+    sizes = [getattr(account, f"{name}_size_in_bytes", None) for name in names]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(names):
+        return 0
+    arguments, results, temporaries, overwritten = known
+    return arguments + results + temporaries - overwritten
 
 
 def memory_available() -> int:
@@ -79,7 +80,7 @@ def memory_available() -> int:
 
 
 def clients_that_fit(fn: Callable[..., Any], params: Params, batch: Batch, room: int) -> int:
-    """Returns how many clients may be evaluated at once, at least 1.
+    """Returns how many clients may be evaluated at once, at least 1; 1 if that can't be known.
 
     Args:
       fn: (params, batch) -> what a client computes: the loss, or loss and gradient.
@@ -95,5 +96,5 @@ def clients_that_fit(fn: Callable[..., Any], params: Params, batch: Batch, room:
     1
     """
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
-    each = memory_bytes(compiled(fn, (params, batch))) - size
-    return max(1, (room - 2 * size) // max(each, 1))
+    needed = memory_bytes(compiled(fn, (params, batch)))
+    return max(1, (room - 2 * size) // max(needed - size, 1)) if needed else 1

@@ -12,17 +12,21 @@ The function is traced to a jaxpr with arrays in their place, and the jaxpr is r
 by operation: those with a rule below keep the structure, all others get the sum. So any
 function gives the right result, and those made of matrix products give it fast. Under a
 `vmap` over clients and directions W stays one matrix, read once for all of them.
+
+JAX promises neither the names of its operations nor those of their params. A rule therefore says
+which params it reads and which it may leave aside, and with any others the sum is taken.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 from jax import lax
 
+from zofl_jax import jaxprs
 from zofl_jax.core import Array
 from zofl_jax.sums import NARROW, LowRank, Side, as_array, is_value
 
@@ -47,70 +51,83 @@ def evaluate(fn: Callable[..., Any], *args: Any) -> Any:
     if not any(map(is_value, leaves)):
         return fn(*args)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(_array_like, leaves)]
-    closed, out = jax.make_jaxpr(
-        lambda *flat: fn(*jax.tree.unflatten(treedef, flat)), return_shape=True
-    )(*shapes)
-    results = _run(closed.jaxpr, closed.consts, leaves)
-    return jax.tree.unflatten(jax.tree.structure(out), [as_array(x) for x in results])
+    program, out = jaxprs.trace(lambda *flat: fn(*jax.tree.unflatten(treedef, flat)), *shapes)
+    return jax.tree.unflatten(out, [as_array(x) for x in _run(program, leaves)])
 
 
 def _array_like(x: Any) -> Any:
     return x if is_value(x) else jnp.asarray(x)
 
 
-def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def _run(program: jaxprs.Program, args: Sequence[Any]) -> list[Any]:
     env: dict[Any, Any] = {}
-    env.update(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
+    env.update(zip(program.jaxpr.constvars, program.consts, strict=True))
+    env.update(zip(program.jaxpr.invars, args, strict=True))
 
     def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jax.extend.core.Literal) else env[atom]
+        return atom.val if jaxprs.is_literal(atom) else env[atom]
 
-    for eqn in jaxpr.eqns:
+    for eqn in program.jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
-        outputs = None
-        if any(map(is_value, inputs)):
-            rule = _RULES.get(eqn.primitive.name)
-            outputs = rule(eqn, *inputs) if rule else None
-            if outputs is None:
-                for atom, x in zip(eqn.invars, inputs, strict=True):
-                    if is_value(x):
-                        env[atom] = x.array()  # formed once, however often it is used
-                inputs = [read(atom) for atom in eqn.invars]
+        outputs = _by_rule(eqn, inputs) if any(map(is_value, inputs)) else None
         if outputs is None:
-            outputs = _bind(jaxpr, eqn, inputs)
+            for atom, x in zip(eqn.invars, inputs, strict=True):
+                if is_value(x):
+                    env[atom] = x.array()  # formed once, however often it is used
+            outputs = jaxprs.run_equation(program, eqn, [read(atom) for atom in eqn.invars])
         env.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [read(atom) for atom in program.jaxpr.outvars]
 
 
-def _bind(around: Any, eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:
-    """Returns what an equation of a jaxpr computes from arrays: it is run as a jaxpr alone."""
-    given = {
-        atom: x
-        for atom, x in zip(eqn.invars, inputs, strict=True)
-        if not isinstance(atom, jax.extend.core.Literal)
-    }
-    alone = around.replace(
-        constvars=(), invars=list(given), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
-    )
-    return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(alone, ()))(*given.values())
+def _by_rule(eqn: jaxprs.Equation, inputs: Sequence[Any]) -> Sequence[Any] | None:
+    """Returns the outputs of an equation by its rule, None where the sum is needed."""
+    rule = _RULES.get(eqn.primitive.name)
+    if rule is None:
+        return None
+    if not rule.fits(eqn):
+        warnings.warn(
+            f"jax {jax.__version__} writes {eqn.primitive.name} with params "
+            f"({', '.join(eqn.params)}) that this release of zofl_jax does not know: perturbed "
+            "params are formed as a whole there, which is right but slower and takes more memory; "
+            "a newer zofl_jax may know them",
+            stacklevel=2,
+        )
+        return None
+    return rule.apply(eqn, *inputs)
 
 
-# Rules: (equation, inputs) -> outputs, or None where the sum is needed after all.
+class Rule(NamedTuple):
+    """What keeps the structure through one primitive.
+
+    Attributes:
+      apply: (equation, inputs) -> outputs, or None where the sum is needed after all.
+      reads: params that it needs.
+      ignores: params that may be there and make no difference to it; None for any.
+    """
+
+    apply: Callable[..., Sequence[Any] | None]
+    reads: frozenset[str] = frozenset()
+    ignores: frozenset[str] | None = None
+
+    def fits(self, eqn: jaxprs.Equation) -> bool:
+        """Returns whether an equation's params are those that the rule was written for."""
+        found = set(eqn.params)
+        return self.reads <= found and (self.ignores is None or found <= self.reads | self.ignores)
 
 
-def _inline(eqn: Any, *inputs: Any) -> list[Any]:
-    inner = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr") if name in eqn.params)
-    jaxpr, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
-    return _run(jaxpr, consts, inputs)
+def _inline(eqn: jaxprs.Equation, *inputs: Any) -> list[Any] | None:
+    """Runs the one function that an equation calls with its own inputs."""
+    called = [program for program in jaxprs.inner(eqn) if program.num_inputs == len(inputs)]
+    return _run(called[0], inputs) if len(called) == 1 else None
 
 
-def _scan(eqn: Any, *inputs: Any) -> list[Any]:
-    params = eqn.params
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+def _scan(eqn: jaxprs.Equation, *inputs: Any) -> list[Any] | None:
+    loop = jaxprs.loop(eqn)
+    if loop is None:
+        return None
+    body, num_consts, num_carry = loop
     consts, xs = inputs[:num_consts], inputs[num_consts + num_carry :]
     carry = [as_array(x) for x in inputs[num_consts : num_consts + num_carry]]
-    body = params["jaxpr"]
     split = [(x.layers() if is_value(x) else None) for x in xs]
     parts = [cut[0] if cut is not None else as_array(x) for x, cut in zip(xs, split, strict=True)]
 
@@ -119,60 +136,62 @@ def _scan(eqn: Any, *inputs: Any) -> list[Any]:
             cut[1](part) if cut is not None else part
             for part, cut in zip(parts, split, strict=True)
         ]
-        out = [as_array(x) for x in _run(body.jaxpr, body.consts, [*consts, *carry, *whole])]
+        out = [as_array(x) for x in _run(body, [*consts, *carry, *whole])]
         return out[:num_carry], out[num_carry:]
 
     carry, stacked = lax.scan(
         step,
         carry,
         parts,
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
     )
     return [*carry, *stacked]
 
 
-def _while(eqn: Any, *inputs: Any) -> list[Any]:
-    params = eqn.params
-    first, second = params["cond_nconsts"], params["body_nconsts"]
+def _while(eqn: jaxprs.Equation, *inputs: Any) -> list[Any] | None:
+    condition, body = (jaxprs.program_of(eqn.params[f"{x}_jaxpr"]) for x in ("cond", "body"))
+    num_carry = len(eqn.outvars)
+    first, second = condition.num_inputs - num_carry, body.num_inputs - num_carry
+    if min(first, second) < 0 or first + second + num_carry != len(inputs):
+        return None
     cond_consts, body_consts = inputs[:first], inputs[first : first + second]
-    condition, body = params["cond_jaxpr"], params["body_jaxpr"]
 
     def go_on(carry: list[Array]) -> Array:
-        return as_array(_run(condition.jaxpr, condition.consts, [*cond_consts, *carry])[0])
+        return as_array(_run(condition, [*cond_consts, *carry])[0])
 
     def step(carry: list[Array]) -> list[Array]:
-        out = _run(body.jaxpr, body.consts, [*body_consts, *carry])
-        return [as_array(x) for x in out]
+        return [as_array(x) for x in _run(body, [*body_consts, *carry])]
 
     return lax.while_loop(go_on, step, [as_array(x) for x in inputs[first + second :]])
 
 
-def _cond(eqn: Any, index: Array, *operands: Any) -> list[Any]:
-    def branch(closed: Any) -> Callable[[], list[Array]]:
-        def evaluate() -> list[Array]:
-            return [as_array(x) for x in _run(closed.jaxpr, closed.consts, operands)]
+def _cond(eqn: jaxprs.Equation, index: Array, *operands: Any) -> list[Any] | None:
+    programs = jaxprs.inner(eqn)
+    if any(program.num_inputs != len(operands) for program in programs):
+        return None
 
-        return evaluate
+    def branch(program: jaxprs.Program) -> Callable[[], list[Array]]:
+        return lambda: [as_array(x) for x in _run(program, operands)]
 
-    return lax.switch(index, [branch(closed) for closed in eqn.params["branches"]])
+    return lax.switch(index, [branch(program) for program in programs])
 
 
-def _elementwise(eqn: Any, x: Any) -> list[Any] | None:
+def _elementwise(eqn: jaxprs.Equation, x: Any) -> list[Any] | None:
     if not isinstance(x, LowRank):
         return None
     return [x.map(lambda part: eqn.primitive.bind(part, **eqn.params))]
 
 
-def _convert(eqn: Any, x: Any) -> list[Any]:
+def _convert(eqn: jaxprs.Equation, x: Any) -> list[Any]:
     dtype = eqn.params["new_dtype"]
     if isinstance(x, LowRank) and jnp.issubdtype(dtype, jnp.floating):
         return [x.map(lambda part: part.astype(dtype))]
     return [as_array(x).astype(dtype)]
 
 
-def _transpose(eqn: Any, x: Any) -> list[Any] | None:
+def _transpose(eqn: jaxprs.Equation, x: Any) -> list[Any] | None:
     if not isinstance(x, LowRank):
         return None
     order = eqn.params["permutation"]
@@ -183,7 +202,7 @@ def _transpose(eqn: Any, x: Any) -> list[Any] | None:
     return [x.rearranged(x.base.transpose(order), tuple(x.sides[i] for i in order), factor)]
 
 
-def _reshape(eqn: Any, x: Any) -> list[Any] | None:
+def _reshape(eqn: jaxprs.Equation, x: Any) -> list[Any] | None:
     """Merges or splits axes of one side each, such as a kernel [h, w, C, F] into [h w C, F]."""
     if not isinstance(x, LowRank) or eqn.params.get("dimensions") is not None:
         return None
@@ -222,7 +241,7 @@ def _reshaped_sides(
     return tuple(result)
 
 
-def _gather(eqn: Any, x: Any, indices: Any) -> list[Any] | None:
+def _gather(eqn: jaxprs.Equation, x: Any, indices: Any) -> list[Any] | None:
     """Looks up rows of a table [rows, features]."""
     if not isinstance(x, LowRank) or is_value(indices):
         return None
@@ -248,12 +267,12 @@ def _gather(eqn: Any, x: Any, indices: Any) -> list[Any] | None:
     return [LowRank(rows(x.base), terms, sides)]
 
 
-def _dot(eqn: Any, x: Any, y: Any) -> list[Any] | None:
+def _dot(eqn: jaxprs.Equation, x: Any, y: Any) -> list[Any] | None:
     """Returns x·W + Σ_t ((x·A_t) c_t) B_tᵀ, where whole sides are contracted."""
     (x_axes, y_axes), (x_batch, y_batch) = eqn.params["dimension_numbers"]
     if x_batch or y_batch or (is_value(x) and is_value(y)):
         return None
-    params = {k: v for k, v in eqn.params.items() if k != "dimension_numbers"}
+    params = {name: eqn.params[name] for name in ("precision", "preferred_element_type")}
     if not isinstance(y, LowRank):
         if not isinstance(x, LowRank):
             return None
@@ -308,20 +327,39 @@ def _contract(
     return total
 
 
-_RULES: dict[str, Callable[..., Sequence[Any] | None]] = {
-    "jit": _inline,
-    "closed_call": _inline,
-    "checkpoint": _inline,
-    "remat2": _inline,
-    "custom_jvp_call": _inline,
-    "custom_vjp_call": _inline,
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-    "copy": _elementwise,
-    "convert_element_type": _convert,
-    "transpose": _transpose,
-    "reshape": _reshape,
-    "gather": _gather,
-    "dot_general": _dot,
+def _rule(
+    apply: Callable[..., Sequence[Any] | None], reads: str = "", ignores: str | None = ""
+) -> Rule:
+    return Rule(
+        apply,
+        frozenset(reads.split()),
+        None if ignores is None else frozenset(ignores.split()),
+    )
+
+
+_CALL = _rule(_inline, ignores=None)
+
+_RULES: dict[str, Rule] = {
+    "jit": _CALL,
+    "closed_call": _CALL,
+    "checkpoint": _CALL,
+    "remat2": _CALL,
+    "custom_jvp_call": _CALL,
+    "custom_vjp_call": _CALL,
+    "scan": _rule(
+        _scan,
+        "jaxpr length reverse unroll",
+        # The first four say in words of one release or another what the shapes say.
+        "num_consts num_carry ft_in ft_out linear _split_transpose",
+    ),
+    "while": _rule(_while, "cond_jaxpr body_jaxpr", "cond_nconsts body_nconsts"),
+    "cond": _rule(_cond, "branches"),
+    "copy": _rule(_elementwise),
+    "convert_element_type": _rule(_convert, "new_dtype", "weak_type sharding"),
+    "transpose": _rule(_transpose, "permutation"),
+    "reshape": _rule(_reshape, "new_sizes", "dimensions sharding"),
+    "gather": _rule(_gather, "dimension_numbers slice_sizes", None),
+    "dot_general": _rule(
+        _dot, "dimension_numbers precision preferred_element_type", "out_sharding"
+    ),
 }

@@ -79,12 +79,12 @@ def dirichlet(
     for attempt in range(DIRICHLET_DRAWS):
         owners = _dirichlet_owners(jax.random.fold_in(key, attempt), labels, num_clients, alpha)
         sizes = np.bincount(owners, minlength=num_clients)
-        if sizes.min() >= min_size:
+        if np.min(sizes) >= min_size:
             return _partition(owners, num_clients)
     raise ValueError(
         f"{np.sum(sizes < min_size)} of {num_clients} clients have fewer than {min_size} examples "
         f"in the last of {DIRICHLET_DRAWS} Dirichlet draws with alpha={alpha:g} (the smallest has "
-        f"{sizes.min()}): use a larger alpha, fewer clients or a smaller batch"
+        f"{np.min(sizes)}): use a larger alpha, fewer clients or a smaller batch"
     )
 
 
@@ -186,7 +186,7 @@ def check_batch_size(offsets: np.ndarray, batch_size: int) -> None:
     if short:
         raise ValueError(
             f"{short} of {len(sizes)} clients have fewer examples than batch_size={batch_size} "
-            f"(the smallest, client {sizes.argmin()}, has {sizes.min()}): use a smaller batch, "
+            f"(the smallest, client {np.argmin(sizes)}, has {np.min(sizes)}): use a smaller batch, "
             "fewer clients or a more even partition"
         )
 

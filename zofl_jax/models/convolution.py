@@ -4,7 +4,8 @@ The derivatives of a convolution are convolutions: by the images with the kernel
 the kernel of the images with the cotangent as the kernel, batch and channels exchanged. XLA runs
 one fast on a CPU in the plain layout and with one kernel alone. What its own rules make, a reversed
 kernel, other layouts and a group for each client, takes five to fifty times as long; so this
-primitive has rules of its own. On accelerators XLA's own are used.
+primitive has rules of its own. On accelerators XLA's own are used, and so they are with a release
+of JAX whose registries of rules, which it doesn't document, have changed.
 
 Milliseconds for the second layer of the MNIST CNN, 10 clients x 32 images, one core; "own": with a
 kernel for each client, "map": in a loop over clients:
@@ -15,18 +16,16 @@ kernel for each client, "map": in a loop over clients:
 By the kernel as a product with all windows it takes 140, as one for each row of the kernel 99.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from zofl_jax.core import Array
 
 Margins = tuple[tuple[int, int], tuple[int, int]]
-
-_convolution = Primitive("zofl_convolution")
 
 
 def convolution(x: Array, kernel: Array, margins: Margins) -> Array:
@@ -43,9 +42,8 @@ def convolution(x: Array, kernel: Array, margins: Margins) -> Array:
     >>> convolution(x, kernel, ((1, 1), (0, 0))).shape
     (2, 4, 2, 5)
     """
-    if jax.default_backend() != "cpu":
-        return _plain(x, kernel, margins=margins)
-    return _convolution.bind(x, kernel, margins=margins)
+    own = _own if jax.default_backend() == "cpu" else None
+    return (own or _plain)(x, kernel, margins=margins)
 
 
 def outputs(x: Array, kernel: Array, margins: Margins) -> tuple[int, int]:
@@ -94,8 +92,20 @@ def _batched(args: tuple[Array, Array], axes: tuple[Any, Any], *, margins: Margi
     return jax.lax.map(lambda pair: convolution(pair[0], pair[1], margins), (x, kernel)), 0
 
 
-_convolution.def_impl(jax.jit(_plain, static_argnames="margins"))
-_convolution.def_abstract_eval(_shape)
-ad.defbilinear(_convolution, _by_images, _by_kernel)
-batching.primitive_batchers[_convolution] = _batched
-mlir.register_lowering(_convolution, mlir.lower_fun(_plain, multiple_results=False))
+def _with_rules() -> Callable[..., Array] | None:
+    """Returns the convolution with rules of its own, None where they can't be registered."""
+    primitive = Primitive("zofl_convolution")
+    try:
+        from jax.interpreters import ad, batching, mlir
+
+        primitive.def_impl(jax.jit(_plain, static_argnames="margins"))
+        primitive.def_abstract_eval(_shape)
+        ad.defbilinear(primitive, _by_images, _by_kernel)
+        batching.primitive_batchers[primitive] = _batched
+        mlir.register_lowering(primitive, mlir.lower_fun(_plain, multiple_results=False))
+    except (ImportError, AttributeError, TypeError):
+        return None
+    return primitive.bind
+
+
+_own = _with_rules()

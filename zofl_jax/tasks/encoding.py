@@ -78,7 +78,7 @@ def pad_left(ids: Sequence[Sequence[int]], limit: int, pad_id: int) -> Encoded:
     _check(ids)
     cut = [[x[0], *x[len(x) - limit + 1 :]] if len(x) > limit else x for x in ids]
     length = np.array([len(x) for x in cut], np.int32)
-    tokens = np.full((len(cut), length.max()), pad_id, np.int32)
+    tokens = np.full((len(cut), np.max(length)), pad_id, np.int32)
     for row, x in zip(tokens, cut, strict=True):
         row[len(row) - len(x) :] = x
     return Encoded(tokens, length, sum(len(x) > limit for x in ids))
@@ -92,7 +92,7 @@ def pad_right(ids: Sequence[Sequence[int]], limit: int, pad_id: int) -> Encoded:
     """
     _check(ids)
     length = np.minimum([len(x) for x in ids], limit).astype(np.int32)
-    tokens = np.full((len(ids), length.max()), pad_id, np.int32)
+    tokens = np.full((len(ids), np.max(length)), pad_id, np.int32)
     for row, x, n in zip(tokens, ids, length, strict=True):
         row[:n] = x[:n]
     return Encoded(tokens, length, sum(len(x) > limit for x in ids))
