@@ -1,11 +1,14 @@
 """What all tests share."""
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
-from commands import Commands
+from commands import Commands, Processes
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,7 +47,34 @@ def cache(pytestconfig: pytest.Config) -> Path:
     return pytestconfig.cache.mkdir("zofl_jax")
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    """The processes in which the commands of a module's tests run in turn."""
+    with contextlib.closing(Processes()) as processes:
+        yield processes
+
+
 @pytest.fixture
-def commands(tmp_path: Path, cache: Path) -> Commands:
+def commands(tmp_path: Path, cache: Path, processes: Processes) -> Commands:
     """Runs commands in a folder of the test's own."""
-    return Commands(tmp_path, cache)
+    return Commands(tmp_path, cache, processes)
+
+
+@pytest.fixture(autouse=True)
+def logs_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails the test that leaves a connection to an SQLite database open.
+
+    Python warns of one from 3.13 on, and only when it collects the connection: in a later test.
+    """
+    opened = []
+    connect = sqlite3.connect
+
+    def noted(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        opened.append(connect(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", noted)
+    yield
+    for connection in opened:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            connection.cursor()
