@@ -36,7 +36,7 @@ def run(module, tmp_path, *flags):
     return json.loads(out.read_text())
 
 
-def test_round_writes_what_it_promises(tmp_path):
+def test_round_writes_what_it_promises(tmp_path, quick_compile):
     result = run(round, tmp_path, "--config=decoder-135m", "--variant=projection")
     assert result.keys() >= KEYS
     assert result["examples_per_round"] == 6 * 2 * 2
@@ -52,7 +52,7 @@ def test_a_round_is_compared_with_as_many_examples():
     assert sum(x.size for x in jax.tree.leaves(params)) == 28_938
 
 
-def test_the_bound_evaluates_all_the_examples():
+def test_the_bound_evaluates_all_the_examples(quick_compile):
     work = workloads.cnn_work(1, 1, smoke=True)
     assert work.examples == 2 * 2 * 4
     seen = []
@@ -73,7 +73,7 @@ def test_the_bound_evaluates_all_the_examples():
     assert len(seen) * factor == work.examples and factor == 2
 
 
-def test_population_has_a_row_a_size(tmp_path):
+def test_population_has_a_row_a_size(tmp_path, quick_compile):
     result = run(round, tmp_path, "--config=population")
     first, last = result["populations"]
     assert last["clients"] == 2 * first["clients"]
@@ -82,7 +82,7 @@ def test_population_has_a_row_a_size(tmp_path):
     )
 
 
-def test_memory_counts_params_and_temporaries(tmp_path):
+def test_memory_counts_params_and_temporaries(tmp_path, quick_compile):
     result = run(memory, tmp_path, "--variants=gaussian", "--clients=2", "--no-process")
     (row,) = result["rows"]
     assert row["peak_memory_bytes"] > row["params_bytes"] + row["activations_bytes"]
@@ -104,7 +104,7 @@ def test_generators_rates(tmp_path):
         assert rates.keys() == generators.DRAWS.keys()
 
 
-def test_dispatch_compares_a_run_with_its_rounds(tmp_path):
+def test_dispatch_compares_a_run_with_its_rounds(tmp_path, quick_compile):
     result = run(dispatch, tmp_path)
     assert result["run_seconds"] > 0
     assert result["overhead"] < 1
@@ -143,7 +143,7 @@ def test_the_table_rounds_no_miss_away():
     assert [goal.shown(figure) for figure in (1.0404, 1.1, 1.1021)] == ["1.04x", "1.1x", "1.102x"]
 
 
-def test_the_pytorch_client_measures_the_same_scalars():
+def test_the_pytorch_client_measures_the_same_scalars(quick_compile):
     torch = pytest.importorskip("torch")
     from benchmarks import compare_pytorch
 

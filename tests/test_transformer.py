@@ -20,6 +20,8 @@ TINY = architectures.Config(
     pad_id=0,
 )
 KEY = jax.random.key(0)
+# Everything is compared with a tolerance, or with itself.
+pytestmark = pytest.mark.usefixtures("quick_compile")
 apply = jax.jit(transformer.apply, static_argnums=0)
 hidden = jax.jit(transformer.hidden, static_argnums=0)
 FAMILIES = ["opt", "opt-post-norm", "llama", "llama-biases", "qwen2", "qwen3", "smollm3"]
@@ -195,7 +197,7 @@ def test_half_precision(dtype, params):
 ROUNDED = architectures.dataclasses.replace(TINY, matmul_dtype="bfloat16")
 
 
-def test_products_are_of_rounded_factors_and_summed_in_float32(quick_compile):
+def test_products_are_of_rounded_factors_and_summed_in_float32():
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal((64, 64)), jnp.float32) for _ in range(2))
     found = jax.jit(blocks.dense, static_argnums=0)(ROUNDED, x, {"kernel": w})
@@ -232,7 +234,7 @@ def test_products_with_a_tables_adapters_are_rounded_too(params):
 
 
 @pytest.mark.parametrize("name", ["forward_difference", "projection", "forward_gradient"])
-def test_scalars_of_rounded_products_are_close(name, params, quick_compile):
+def test_scalars_of_rounded_products_are_close(name, params):
     """By differences in low-rank directions, whose step is added after the product, and by
     derivatives through the rounding."""
     tokens, mask = prompts("left", TINY.vocab_size)
