@@ -86,6 +86,10 @@ class InTurn:
         assert line, f"the process ended with status {self._process.wait()} at {arguments}"
         return Ended(*json.loads(line))
 
+    @property
+    def ended(self):
+        return self._process.poll() is not None
+
     def close(self):
         timer = threading.Timer(TIMEOUT_SECONDS, self._process.kill)
         timer.start()
@@ -103,6 +107,8 @@ class Processes:
 
     def of(self, name, environment):
         key = (name, *sorted(environment.items()))
+        if key in self._started and self._started[key].ended:  # a command has broken it
+            self._started.pop(key).close()
         if key not in self._started:
             self._started[key] = InTurn(name, environment)
         return self._started[key]

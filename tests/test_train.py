@@ -78,6 +78,12 @@ def whole(tmp_path_factory, cache):
 
 
 @pytest.fixture
+def quickly(tmp_path, cache, processes):
+    """Runs commands whose bits are compared with nothing."""
+    return Commands(tmp_path, cache, processes, quick=True)
+
+
+@pytest.fixture
 def copied(whole, commands):
     """A folder of the test's own with the same run in it."""
     shutil.copytree(whole[0], commands.folder, dirs_exist_ok=True)
@@ -308,7 +314,7 @@ def test_mistakes_in_a_command_by_itself(commands):
     assert list(commands.folder.iterdir()) == []
 
 
-def test_a_diverging_run_says_so_and_keeps_what_it_has(commands):
+def test_a_diverging_run_says_so_and_keeps_what_it_has(quickly):
     flags = [
         "--task=quadratic",
         "--quadratic_dim=20",
@@ -319,7 +325,7 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(commands):
         "--eval_every=5",
         "--workdir=run",
     ]
-    ended = commands.in_turn("train", *flags)
+    ended = quickly.in_turn("train", *flags)
     assert ended.code == 1
     (sentence,) = stray_lines(ended.err)
     found = re.fullmatch(
@@ -329,7 +335,7 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(commands):
     )
     diverged = int(found[1])
     assert found[1] == found[3] and 13 <= diverged < 20
-    workdir = commands.folder / "run"
+    workdir = quickly.folder / "run"
     summary = summary_of(workdir)
     assert sorted(summary) == sorted([*PROMISED, *MORE, "diverged_round", "failure"])
     assert f"error: {summary['failure']}" == sentence
@@ -338,7 +344,7 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(commands):
     assert (workdir / "rounds.png").exists()
     assert "Figures, log and summary are in run" in ended.out
 
-    again = commands.in_turn("train", *flags)
+    again = quickly.in_turn("train", *flags)
     assert again.code == 1
     assert stray_lines(again.err) == [f"resuming run after round {diverged}", sentence]
     assert {**summary_of(workdir), **times(summary)} == summary
@@ -364,9 +370,9 @@ def events(folder):
     return found
 
 
-def test_real_data_with_tensorboard_in_a_folder_named_by_the_flags(commands):
+def test_real_data_with_tensorboard_in_a_folder_named_by_the_flags(quickly):
     pytest.importorskip("tensorboardX")
-    ended = commands.in_turn(
+    ended = quickly.in_turn(
         "train",
         "--num_clients=10",
         "--local_steps=1",
@@ -380,7 +386,7 @@ def test_real_data_with_tensorboard_in_a_folder_named_by_the_flags(commands):
         "--noprogress",
     )
     assert (ended.code, ended.err) == (0, "")
-    (workdir,) = (commands.folder / "runs").iterdir()
+    (workdir,) = (quickly.folder / "runs").iterdir()
     assert re.fullmatch(r"digits-softmax-decomfl-[0-9a-f]{8}", workdir.name)
     assert f"Figures, log and summary are in runs/{workdir.name}\n" in ended.out
 
