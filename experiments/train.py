@@ -219,7 +219,6 @@ def train(
     for sentence in (run.notice if run.notice != repaired else None, notice, *experiment.notices):
         if sentence:
             note(sentence)
-    writer = _event_writer(run) if FLAGS.tensorboard else None
     done = int(progress.state.round)
     if done:
         tqdm.tqdm.write(f"resuming {run.path} after round {done}", file=sys.stderr)
@@ -233,6 +232,7 @@ def train(
     warned = False
     diagnose = _diagnose(run, values, experiment)
     diagnose(progress)
+    writer = _event_writer(run) if FLAGS.tensorboard else None  # closed below, however it ends
 
     def reads_state(done: int) -> bool:
         nonlocal saving

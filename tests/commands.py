@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,23 +16,45 @@ import matplotlib
 
 ROOT = Path(__file__).parents[1]
 
-# Runs commands of `train` one after the other in one process, as each would end on its own.
-SEVERAL_COMMANDS = """
-import contextlib, io, json, sys
+# Runs commands of one entry point one after the other, each as it would end in a process of its
+# own. A line of the input holds folder and arguments; one of the output says how that ended.
+IN_TURN = """
+import importlib, json, os, sys, tempfile, traceback
 from absl.testing import flagsaver
-from experiments import entry, train
+from experiments import entry
 
-for arguments in json.load(sys.stdin):
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    sys.argv = ["train", *arguments]
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+name = sys.argv[1]
+main = importlib.import_module(f"experiments.{name}").main
+answers, console = os.fdopen(os.dup(1), "w"), os.dup(2)
+for line in sys.stdin:
+    folder, arguments = json.loads(line)
+    os.chdir(folder)
+    sys.argv, code = [name, *arguments], 0
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
         try:
-            entry.run(train.main)
+            with flagsaver.flagsaver():
+                entry.run(main)
         except SystemExit as end:
             code = 1 if isinstance(end.code, str) else end.code or 0
-            err.write(end.code + "\\n" if isinstance(end.code, str) else "")
-    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(console, 1)
+        os.dup2(console, 2)
+        said = []
+        for file in (out, err):
+            file.seek(0)
+            said.append(file.read().decode())
+    print(json.dumps([code, *said]), file=answers, flush=True)
 """
+
+TIMEOUT_SECONDS = 1800.0  # ends what hangs; a command takes seconds on a machine of its own
 
 
 class Ended(NamedTuple):
@@ -40,21 +63,89 @@ class Ended(NamedTuple):
     err: str
 
 
-class Commands:
-    """Runs the entry points in a folder, with a cache of compiled functions."""
+class InTurn:
+    """A process in which commands of one entry point run one after the other."""
 
-    def __init__(self, folder: Path, cache: Path):
+    def __init__(self, name, environment):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", IN_TURN, name],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, folder, arguments):
+        timer = threading.Timer(TIMEOUT_SECONDS, self._process.kill)
+        timer.start()
+        try:
+            print(json.dumps([str(folder), arguments]), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        assert line, f"the process ended with status {self._process.wait()} at {arguments}"
+        return Ended(*json.loads(line))
+
+    @property
+    def ended(self):
+        return self._process.poll() is not None
+
+    def close(self):
+        timer = threading.Timer(TIMEOUT_SECONDS, self._process.kill)
+        timer.start()
+        try:
+            self._process.communicate()  # the end of its input ends it
+        finally:
+            timer.cancel()
+
+
+class Processes:
+    """The processes in which commands run in turn: one for each entry point and environment."""
+
+    def __init__(self):
+        self._started = {}
+
+    def of(self, name, environment):
+        key = (name, *sorted(environment.items()))
+        if key in self._started and self._started[key].ended:  # a command has broken it
+            self._started.pop(key).close()
+        if key not in self._started:
+            self._started[key] = InTurn(name, environment)
+        return self._started[key]
+
+    def close(self):
+        for process in self._started.values():
+            process.close()
+
+
+class Commands:
+    """Runs the entry points in a folder, with a cache of compiled functions.
+
+    A command has a process of its own, as a user's has, except for those run `in_turn`: they
+    start in a fraction of the time, in a process that has run others before. Each entry point,
+    and whatever is promised of processes, needs a test with processes of its own.
+
+    Args:
+      folder: where the commands run.
+      cache: the folder for what they compile.
+      processes: those for commands in turn.
+      quick: compile without LLVM's optimisations, in half the time.
+    """
+
+    def __init__(self, folder: Path, cache: Path, processes: Processes | None = None, quick=False):
         self.folder = folder
         self.environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "XDG_CACHE_HOME": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)),
             "MPLCONFIGDIR": matplotlib.get_cachedir(),  # where the list of fonts is
         }
         self.environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        self._processes = processes
 
-    def start(self, *command, stdin=subprocess.DEVNULL):
+    def start(self, *command):
         # A shell's background job ignores Ctrl-C, and what it starts would inherit that.
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -62,16 +153,24 @@ class Commands:
             [sys.executable, *command],
             cwd=self.folder,
             env=self.environment,
-            stdin=stdin,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, *command, stdin=None):
-        process = self.start(*command, stdin=subprocess.PIPE)
-        out, err = process.communicate(stdin, timeout=300)
+    def run(self, *command):
+        with self.start(*command) as process:
+            try:
+                out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+            except BaseException:
+                process.kill()
+                raise
         return Ended(process.returncode, out, err)
+
+    def in_turn(self, name, *arguments):
+        """Runs a command of the entry point `name` in a process that others have run in."""
+        return self._processes.of(name, self.environment).run(self.folder, arguments)
 
     def train(self, *arguments):
         return self.run("-m", "experiments.train", *arguments)
@@ -86,9 +185,9 @@ class Commands:
         return self.run("-m", "experiments.export", *arguments)
 
     def train_each(self, list_of_arguments):
-        ended = self.run("-c", SEVERAL_COMMANDS, stdin=json.dumps(list_of_arguments))
-        assert ended.code == 0, ended.err
-        return [Ended(*json.loads(line)) for line in ended.out.splitlines()]
+        """Runs commands of `train` in one process, which is new."""
+        with contextlib.closing(InTurn("train", self.environment)) as process:
+            return [process.run(self.folder, arguments) for arguments in list_of_arguments]
 
 
 def stray_lines(err):

@@ -1,12 +1,15 @@
 """What all tests share."""
 
+import contextlib
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
-from commands import Commands
+from commands import Commands, Processes
 
 
 def cache_folder() -> Path:
@@ -67,18 +70,41 @@ def x64() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def quick_compile() -> None:
-    """What all tests do that are not marked `optimized`."""
-
-
 @pytest.fixture(scope="module")
 def cache() -> Path:
     """Where commands keep what they compile, for all tests."""
     return cache_folder()
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    """The processes in which the commands of a module's tests run in turn."""
+    with contextlib.closing(Processes()) as processes:
+        yield processes
+
+
 @pytest.fixture
-def commands(tmp_path: Path, cache: Path) -> Commands:
+def commands(tmp_path: Path, cache: Path, processes: Processes) -> Commands:
     """Runs commands in a folder of the test's own."""
-    return Commands(tmp_path, cache)
+    return Commands(tmp_path, cache, processes)
+
+
+@pytest.fixture(autouse=True)
+def logs_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails the test that leaves a connection to an SQLite database open.
+
+    Python warns of one from 3.13 on, and only when it collects the connection: in a later test.
+    """
+    opened = []
+    connect = sqlite3.connect
+
+    def noted(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        opened.append(connect(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", noted)
+    yield
+    for connection in opened:
+        with contextlib.suppress(sqlite3.ProgrammingError):  # as it is once it is closed
+            connection.cursor()
+            pytest.fail("the test has left a connection to an SQLite database open: close it")

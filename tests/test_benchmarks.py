@@ -96,6 +96,7 @@ def test_the_process_peak_is_that_of_its_arrays():
     assert 0 < found["process_peak_bytes"] < 2**30
 
 
+@pytest.mark.optimized  # threefry4x32, of which else nothing is left but recomputation
 def test_generators_rates(tmp_path):
     result = run(generators, tmp_path)
     assert result["rates"].keys() == set(keys.IMPLEMENTATIONS)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from commands import Commands
+from commands import TIMEOUT_SECONDS, Commands
 
 from experiments import compare, comparison, methods
 from experiments.entry import UserError
@@ -37,6 +37,12 @@ FLAGS = """
 --targets=0.2,0.6,0.99
 --noprogress
 """
+WHOLE = ("--flagfile=compare.flags", "--workdir=all")
+
+
+@pytest.fixture
+def commands(tmp_path, cache, processes):
+    return Commands(tmp_path, cache, processes, quick=True)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +50,13 @@ def whole(tmp_path_factory, cache):
     """A comparison that nothing interrupted: its folder and how it ended."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "compare.flags").write_text(FLAGS)
-    ended = compared(Commands(folder, cache))
+    ended = Commands(folder, cache, quick=True).run("-m", "experiments.compare", *WHOLE)
     assert ended.code == 0, ended.err
     return folder / "all", ended
 
 
 def compared(commands):
-    return commands.run("-m", "experiments.compare", "--flagfile=compare.flags", "--workdir=all")
+    return commands.in_turn("compare", *WHOLE)
 
 
 def table_of(workdir):
@@ -149,17 +155,14 @@ def test_the_table_for_people_and_the_figures(whole):
         assert (workdir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_stopped_comparison_goes_on(whole, tmp_path, cache):
-    commands = Commands(tmp_path, cache)
+def test_a_stopped_comparison_goes_on(whole, commands, tmp_path):
     (tmp_path / "compare.flags").write_text(FLAGS)
-    process = commands.start(
-        "-m", "experiments.compare", "--flagfile=compare.flags", "--workdir=all"
-    )
+    process = commands.start("-m", "experiments.compare", *WHOLE)
     workdir = tmp_path / "all"
     while process.poll() is None and len(list(workdir.glob("*/*/summary.json"))) < 2:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=TIMEOUT_SECONDS)
     done = {path: path.stat().st_mtime_ns for path in workdir.glob("*/*/summary.json")}
     assert 2 <= len(done) < 8 and not (workdir / "rounds.png").exists()
 

@@ -5,13 +5,12 @@ import os
 import signal
 import socket
 import sqlite3
-import subprocess
 import time
 
 import jax
 import numpy as np
 import pytest
-from commands import Commands, Ended, num_logged, stray_lines, summary_of
+from commands import TIMEOUT_SECONDS, Commands, Ended, num_logged, stray_lines, summary_of
 
 from experiments import launch_local
 from zofl_jax import processes
@@ -24,6 +23,24 @@ TRAIN = (
     *("--eval_every=5", f"--rounds={ROUNDS}", "--workdir=run"),
 )
 LAUNCH = ("-m", "experiments.launch_local", "--processes=2", "--", *TRAIN)
+# The same, which writes down the ids of the processes that it starts.
+LAUNCH_AND_TELL = """
+import subprocess
+
+from absl import app
+from experiments import launch_local
+
+
+class Told(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        with open("started", "a") as file:
+            print(self.pid, file=file)
+
+
+subprocess.Popen = Told
+app.run(launch_local.main)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +68,24 @@ def broadcasts(run):
 
 def pair(commands, other_commands, *arguments, others=()):
     """Returns how two processes ended; `others` are flags of the second one alone."""
-    with launch_local.reserved_port() as port:
+    with launch_local.reserved_port() as port, contextlib.ExitStack() as stack:
         started = [
-            own.start(
-                *("-m", "experiments.train", "--distributed", "--devices=1", *arguments, *more),
-                *(f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"),
+            stack.enter_context(
+                own.start(
+                    *("-m", "experiments.train", "--distributed", "--devices=1", *arguments, *more),
+                    *(f"--coordinator=127.0.0.1:{port}", "--num_processes=2"),
+                    f"--process_id={index}",
+                )
             )
             for index, (own, more) in enumerate([(commands, ()), (other_commands, others)])
         ]
-        ended = []
-        try:
-            for process in started:
-                out, err = process.communicate(timeout=120)
-                ended.append(Ended(process.returncode, out, err))
-        finally:
-            for process in started:
-                process.kill()
-    return ended
+        for process in started:
+            stack.callback(process.kill)
+        return [
+            Ended(process.returncode, out, err)
+            for process in started
+            for out, err in [process.communicate(timeout=TIMEOUT_SECONDS)]
+        ]
 
 
 def test_two_processes_give_the_bits_of_two_devices_and_the_scalars_of_one(whole, commands):
@@ -92,36 +110,30 @@ def test_two_processes_give_the_bits_of_two_devices_and_the_scalars_of_one(whole
     np.testing.assert_allclose(broadcasts(run)[:40], one, atol=1e-3 * np.abs(one).max())
 
 
-def children(pid):
-    """Returns the ids of the processes that a process has started."""
-    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
-    found = [tuple(map(int, line.split())) for line in table.stdout.splitlines()]
-    return {child for child, parent in found if parent == pid}
-
-
-def stopped(commands, rounds, stop):
+def stopped(commands, rounds, stop, launch=LAUNCH):
     """Returns how a launch ended that was stopped after so many more rounds."""
     run = commands.folder / "run"
-    process, before = commands.start(*LAUNCH), num_logged(run)
-    try:
-        while num_logged(run) < before + rounds and process.poll() is None:
-            time.sleep(0.02)
-        assert process.poll() is None, process.communicate()
-        stop(process, int((run / "lock").read_text()))
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.terminate()  # which ends the processes it has started too
-        process.wait(60)
+    before = num_logged(run)
+    with commands.start(*launch) as process:
+        try:
+            while num_logged(run) < before + rounds and process.poll() is None:
+                time.sleep(0.02)
+            assert process.poll() is None, process.communicate()
+            stop(process, int((run / "lock").read_text()))
+            out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+        finally:
+            process.terminate()  # which ends the processes it has started too
     assert before + rounds <= num_logged(run) < ROUNDS
     return Ended(process.returncode, out, err)
 
 
 def test_a_killed_run_goes_on_with_the_same_bits_and_stops_together(whole, commands):
     def kill_the_follower(process, leader):
-        (follower,) = children(process.pid) - {leader}
+        first, follower = map(int, (commands.folder / "started").read_text().split())
+        assert first == leader
         os.kill(follower, signal.SIGKILL)
 
-    ended = stopped(commands, 7, kill_the_follower)
+    ended = stopped(commands, 7, kill_the_follower, ("-c", LAUNCH_AND_TELL, *LAUNCH[2:]))
     assert ended.code == 1
     assert "the same command goes on from the last logged round" in ended.err
 

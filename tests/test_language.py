@@ -1,5 +1,7 @@
 """Tasks on texts: what is scored, what is trained, and what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import tiny_texts
 
 from zofl_jax import estimators, simulation
 from zofl_jax.algorithms import decomfl
+from zofl_jax.compilation import compiled
 from zofl_jax.data import partition
 from zofl_jax.data.text import TextData
 from zofl_jax.models import generation, lora, transformer
@@ -17,6 +20,7 @@ from zofl_jax.tasks import encoding, evaluation, language, prompts
 PROMPT = prompts.Prompt("{text} It was", ("bad", "good"), "label")
 ANSWER = prompts.Prompt("{text} It was", None, "answer")
 KEY = jax.random.key(5)
+# Everything is compared with a tolerance, or with itself.
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +51,28 @@ def batch_of(examples, rows=slice(0, 6)):
     return jax.tree.map(lambda x: x[rows], examples)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def after_all(config, params, tokens):
+    scores = transformer.apply(config, params, tokens, tokens >= 0)
+    return jax.nn.log_softmax(scores[0, -1])
+
+
 def log_probabilities(model, ids):
     """Returns log p(next token | ids), one text without any padding, [V]."""
-    tokens = jnp.asarray(ids)[None]
-    scores = transformer.apply(model.config, model.params(model.trainable), tokens, tokens >= 0)
-    return np.asarray(jax.nn.log_softmax(scores[0, -1]))
+    params = model.params(model.trainable)
+    return np.asarray(after_all(model.config, params, np.array(ids)[None]))
+
+
+def measured(built, batch):
+    """Returns loss and metrics."""
+    both = jax.jit(lambda *given: (built.task.loss(*given), built.task.metrics(*given)))
+    return both(built.model.trainable, batch)
 
 
 def test_scores_are_those_of_each_prompt_alone(model):
     built = classes(model)
     batch = batch_of(built.task.train.examples)
-    scores = built.scores(model.trainable, batch)
+    scores = np.asarray(jax.jit(built.scores)(model.trainable, batch))
     words = [model.tokenizer.encode(f" {word}", special=False)[0] for word in PROMPT.answers]
     for i, row in enumerate(tiny_texts.data().train[:6]):
         ids = encoding.prompt_ids(model.tokenizer, f"{row['text']} It was")
@@ -87,8 +102,8 @@ def test_objectives_of_classes(model, objective):
         "accuracy": 1 - np.mean(right),
         "f1": 1 - np.mean(f1),
     }[objective]
-    assert built.task.loss(model.trainable, batch) == pytest.approx(expected, abs=1e-5)
-    metrics = built.task.metrics(model.trainable, batch)
+    loss, metrics = measured(built, batch)
+    assert loss == pytest.approx(expected, abs=1e-5)
     np.testing.assert_allclose(metrics["loss"], -among[np.arange(16), labels], atol=1e-5)
     np.testing.assert_array_equal(metrics["accuracy"], right)
 
@@ -96,14 +111,15 @@ def test_objectives_of_classes(model, objective):
 def test_the_loss_of_a_written_answer_is_that_of_its_tokens(model):
     built = answering(model)
     batch = batch_of(built.task.train.examples)
-    losses = np.asarray(built.task.metrics(model.trainable, batch)["loss"])
+    loss, metrics = measured(built, batch)
+    losses = np.asarray(metrics["loss"])
     for i, row in enumerate(tiny_texts.data().train[:6]):
         ids = encoding.prompt_ids(model.tokenizer, f"{row['text']} It was")
         answer = model.tokenizer.encode(f" {('bad', 'good')[row['label']]}\n", special=False)
         assert batch["answer_length"][i] == len(answer) > 1
         terms = [-log_probabilities(model, ids + answer[:k])[t] for k, t in enumerate(answer)]
         assert losses[i] == pytest.approx(np.mean(terms), abs=1e-5)
-    assert built.task.loss(model.trainable, batch) == pytest.approx(np.mean(losses), abs=1e-6)
+    assert loss == pytest.approx(np.mean(losses), abs=1e-6)
 
 
 def test_the_f1_objective_counts_what_is_written(model):
@@ -140,22 +156,33 @@ def test_only_trained_leaves_are_params():
     assert set(built.task.init(KEY)["layers"]) == {"attention_norm", "mlp_norm"}
     adapted = language.adapt(config, params, words, lora_rank=2, key=KEY)
     batch = batch_of(built.task.train.examples)
-    at_first = [classes(m).scores(m.trainable, batch) for m in (part, adapted)]
+    at_first = [jax.jit(classes(m).scores)(m.trainable, batch) for m in (part, adapted)]
     np.testing.assert_allclose(*at_first, atol=1e-5)
     names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(adapted.trainable)}
     assert names == {"lora_a", "lora_b"}
 
 
-@pytest.mark.parametrize("estimator", ["forward", "projection", "forward_gradient"])
-def test_adapters_learn_and_the_scalars_alone_rebuild_them(estimator):
-    model = language.adapt(*tiny_texts.model(), lora_rank=4, lora_pattern="mlp|attention", key=KEY)
+FEW = "mlp/down|attention/v"  # which compile in half the time
+
+
+@pytest.mark.parametrize(
+    ("estimator", "pattern", "rate"),
+    [
+        ("forward", "mlp|attention", 3e-3),
+        ("projection", FEW, 1.2e-2),
+        ("forward_gradient", FEW, 1.2e-2),
+    ],
+    ids=["forward", "projection", "forward_gradient"],
+)
+def test_adapters_learn_and_the_scalars_alone_rebuild_them(estimator, pattern, rate):
+    model = language.adapt(*tiny_texts.model(), lora_rank=4, lora_pattern=pattern, key=KEY)
     built = classes(model)
     chosen = {
         "forward": lambda: estimators.forward_difference(8, 1e-3),
         "projection": lambda: estimators.projection(8),
         "forward_gradient": lambda: estimators.forward_gradient(8),
     }[estimator]()
-    algorithm = decomfl(built.task.loss, chosen, optax.sgd(3e-3, momentum=0.9), local_steps=2)
+    algorithm = decomfl(built.task.loss, chosen, optax.sgd(rate, momentum=0.9), local_steps=2)
     simulator = simulation.make_simulator(
         algorithm, built.task, clients_per_round=4, batch_size=16, eval_batch_size=8
     )
@@ -176,25 +203,23 @@ def test_frozen_weights_are_no_constants_of_the_program():
     model = language.adapt(*tiny_texts.model(), lora_rank=1, key=KEY)
     built = classes(model)
     batch = batch_of(built.task.train.examples)
-    from zofl_jax.compilation import compiled
-
     fn = compiled(built.task.loss, (model.trainable, batch))
     rows, width = model.frozen["embed"]["tokens"]["embedding"].shape
     constants = [line for line in fn.func.as_text().splitlines() if " constant(" in line]
     assert constants
     assert not [line for line in constants if f"[{rows},{width}]" in line]
     np.testing.assert_allclose(
-        fn(model.trainable, batch), built.task.loss(model.trainable, batch), rtol=1e-5
+        fn(model.trainable, batch), jax.jit(built.task.loss)(model.trainable, batch), rtol=1e-5
     )
 
 
 def test_evaluation_agrees_with_the_metrics_and_with_counting(model):
     built = classes(model)
     found = evaluation.classification(built, model.trainable, batch_size=7)
-    metrics = built.task.metrics(model.trainable, built.task.test)
+    _, metrics = measured(built, built.task.test)
     assert found["accuracy"] == pytest.approx(float(np.mean(metrics["accuracy"])))
     assert found["loss"] == pytest.approx(float(np.mean(metrics["loss"])), abs=1e-5)
-    scores = np.asarray(built.scores(model.trainable, built.task.test))
+    scores = np.asarray(jax.jit(built.scores)(model.trainable, built.task.test))
     margin = scores[:, 1] - scores[:, 0]
     labels = np.asarray(built.task.test["label"])
     upper = np.argsort(margin)[len(margin) // 2 :]

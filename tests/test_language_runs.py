@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_texts
 from absl.testing import flagsaver
-from commands import Commands, num_logged, stray_lines, summary_of
+from commands import TIMEOUT_SECONDS, Commands, num_logged, stray_lines, summary_of
 
 from experiments import config
 from experiments.language import load_model
@@ -32,14 +32,14 @@ ADAPTERS = ["--lora_rank=2", "--learning_rate=1e-3", "--workdir=adapted", "--rou
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory, pytestconfig):
+def commands(tmp_path_factory, cache, processes):
     """A folder with a model, a table of sentences, and a run of adapters on them."""
     folder = tmp_path_factory.mktemp("texts")
     tiny_texts.save(folder / "model")
     moods = ("negative", "positive")
     lines = [f"{row['text']}\t{moods[row['label']]}" for row in tiny_texts.sentences(96)]
     (folder / "train_and_test.tsv").write_text("\n".join(["sentence\tmood", *lines]) + "\n")
-    return Commands(folder, pytestconfig.cache.mkdir("zofl_jax"))
+    return Commands(folder, cache, processes, quick=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,9 @@ def test_a_killed_run_ends_with_the_same_bits(trained, commands):
     while process.poll() is None and num_logged(commands.folder / "killed") < 5:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == -signal.SIGKILL
-    ended = commands.train(*flags)
+    ended = commands.in_turn("train", *flags)
     assert ended.code == 0 and "resuming killed" in ended.err
     one, other = (summary_of(commands.folder / name) for name in ("adapted", "killed"))
     assert one["history"] == other["history"]
@@ -101,7 +101,9 @@ def test_evaluation_of_a_run_and_of_the_model_alone(trained, commands):
     assert found["loss"] == pytest.approx(last["test_loss"], abs=1e-5)
     assert found["num_examples"] == 24
 
-    ended = commands.evaluate(*SHARED, "--model=hf:model", "--shots=2", "--out=shots.json")
+    ended = commands.in_turn(
+        "evaluate", *SHARED, "--model=hf:model", "--shots=2", "--out=shots.json"
+    )
     assert ended.code == 0, ended.err
     assert ended.out.startswith("hf:model, 2 shots")
     shown = json.loads((commands.folder / "shots.json").read_text())
@@ -109,15 +111,17 @@ def test_evaluation_of_a_run_and_of_the_model_alone(trained, commands):
 
 
 def test_exports_compute_what_the_run_computes(trained, commands):
-    for flags, folder in (([], "merged"), (["--round=0"], "start")):
-        ended = commands.export("--workdir=adapted", f"--out={folder}", *flags)
+    for ended in (
+        commands.export("--workdir=adapted", "--out=merged"),
+        commands.in_turn("export", "--workdir=adapted", "--out=start", "--round=0"),
+    ):
         assert ended.code == 0, ended.err
     tokens = np.array([[0, 40, 41, 42, 43]], np.int32)
     start, plain = (logits(commands.folder / name, tokens) for name in ("start", "model"))
     np.testing.assert_allclose(start, plain, atol=1e-6)
     merged = logits(commands.folder / "merged", tokens)
     assert np.abs(merged - plain).max() > 1e-4
-    ended = commands.evaluate(*SHARED, "--model=hf:merged", "--out=merged.json")
+    ended = commands.in_turn("evaluate", *SHARED, "--model=hf:merged", "--out=merged.json")
     assert ended.code == 0, ended.err
     found = json.loads((commands.folder / "merged.json").read_text())
     assert found["loss"] == pytest.approx(
@@ -135,12 +139,13 @@ def test_transformers_loads_an_export_to_the_same_logits(trained, commands, adap
     workdir = "adapted"
     if not adapters:
         workdir = "whole"
-        ended = commands.train(
-            *SHARED, "--model=hf:model", "--workdir=whole", "--rounds=4", "--learning_rate=1e-3"
+        ended = commands.in_turn(
+            *("train", *SHARED, "--model=hf:model"),
+            *("--workdir=whole", "--rounds=4", "--learning_rate=1e-3"),
         )
         assert ended.code == 0, ended.err
     out = f"{workdir}-exported"
-    assert commands.export(f"--workdir={workdir}", f"--out={out}").code == 0
+    assert commands.in_turn("export", f"--workdir={workdir}", f"--out={out}").code == 0
     tokens = np.array([[0, 40, 41, 42, 43]], np.int32)
     ours = logits(commands.folder / out, tokens)
     model = hugging_face.AutoModelForCausalLM.from_pretrained(commands.folder / out)
@@ -148,7 +153,7 @@ def test_transformers_loads_an_export_to_the_same_logits(trained, commands, adap
         np.testing.assert_allclose(model(torch.tensor(tokens)).logits, ours, atol=1e-4)
     if adapters:
         peft = pytest.importorskip("peft")
-        ended = commands.export("--workdir=adapted", "--out=peft", "--adapter")
+        ended = commands.in_turn("export", "--workdir=adapted", "--out=peft", "--adapter")
         assert ended.code == 0, ended.err
         base = hugging_face.AutoModelForCausalLM.from_pretrained(commands.folder / "model")
         model = peft.PeftModel.from_pretrained(base, commands.folder / "peft")
@@ -157,7 +162,8 @@ def test_transformers_loads_an_export_to_the_same_logits(trained, commands, adap
 
 
 def test_a_trained_part_and_half_precision(commands):
-    ended = commands.train(
+    ended = commands.in_turn(
+        "train",
         *SHARED,
         "--model=hf:model",
         "--train_only=norm",
@@ -200,7 +206,8 @@ REFUSED = {
 def test_what_does_not_fit_is_one_sentence(commands):
     several = [[*SHARED, "--model=hf:model", *change.split(" -")] for change in REFUSED]
     several = [[a if a.startswith("--") else f"-{a}" for a in flags] for flags in several]
-    for ended, (change, message) in zip(commands.train_each(several), REFUSED.items(), strict=True):
+    for flags, (change, message) in zip(several, REFUSED.items(), strict=True):
+        ended = commands.in_turn("train", *flags)
         assert ended.code == 1, change
         assert ended.err.startswith("error: ") and ended.err.count("\n") == 1, change
         assert message in ended.err, change
@@ -208,18 +215,19 @@ def test_what_does_not_fit_is_one_sentence(commands):
 
 
 def test_evaluation_and_export_refuse(trained, commands):
-    for ended, message in [
-        (commands.evaluate("--workdir=adapted", "--lora_rank=3"), "--lora_rank=3 differs from 2"),
-        (commands.evaluate("--task=digits"), "nothing to evaluate before a run: give --workdir"),
-        (commands.evaluate("--workdir=adapted", "--out=no/file.json"), "there is no folder no"),
-        (commands.export("--workdir=adapted", "--out=model"), "not an empty folder"),
+    for command, message in [
+        (("evaluate", "--workdir=adapted", "--lora_rank=3"), "--lora_rank=3 differs from 2"),
+        (("evaluate", "--task=digits"), "nothing to evaluate before a run: give --workdir"),
+        (("evaluate", "--workdir=adapted", "--out=no/file.json"), "there is no folder no"),
+        (("export", "--workdir=adapted", "--out=model"), "not an empty folder"),
     ]:
+        ended = commands.in_turn(*command)
         assert ended.code == 1
         assert ended.err.startswith("error: ") and message in ended.err
 
 
 def test_params_of_a_run_are_those_of_its_replay(trained, commands):
-    ended = commands.replay("--workdir=adapted", "--out=adapters.npz")
+    ended = commands.in_turn("replay", "--workdir=adapted", "--out=adapters.npz")
     assert ended.code == 0 and "bit-identical" in ended.out
     with np.load(commands.folder / "adapters.npz") as arrays:
         assert sum(array.size for array in arrays.values()) == summary_of(trained[0])["num_params"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import Commands, num_logged, stray_lines, summary_of
+from commands import TIMEOUT_SECONDS, Commands, num_logged, stray_lines, summary_of
 
 from experiments import report
 
@@ -77,6 +77,12 @@ def whole(tmp_path_factory, cache):
     )
     assert ended.code == 0, ended.err
     return folder, ended
+
+
+@pytest.fixture
+def quickly(tmp_path, cache, processes):
+    """Runs commands whose bits are compared with nothing."""
+    return Commands(tmp_path, cache, processes, quick=True)
 
 
 @pytest.fixture
@@ -187,16 +193,19 @@ def test_a_complete_run_is_left_alone_and_can_be_extended(copied, commands):
 
     before, summary = content(), summary_of(copied)
     flags = ["--flagfile=quadratic.flags", "--workdir=run"]
-    (ended,) = commands.train_each([[*flags, f"--rounds={ROUNDS}"]])
+    ended = commands.in_turn("train", *flags, f"--rounds={ROUNDS}")
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.startswith(
         "The run in run is complete; give more --rounds to go on.\n\ndecomfl on quadratic"
     )
     assert content() == before
 
-    # Without the last snapshot all rounds are replayed.
+    # Without the last snapshot, and those that a slow run has saved each minute, all rounds are
+    # replayed.
+    for path in sorted((copied / "snapshots").iterdir())[1:-1]:
+        path.unlink()
     (copied / "snapshots" / f"{ROUNDS:08d}.snapshot").write_bytes(b"damaged")
-    ended = commands.train(*flags, f"--rounds={ROUNDS + 50}")
+    ended = commands.in_turn("train", *flags, f"--rounds={ROUNDS + 50}")
     assert ended.code == 0
     assert stray_lines(ended.err) == [
         "note: Damaged and set aside in run/snapshots: 00001000.snapshot; that of round 0 is used "
@@ -245,7 +254,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, commands):
         process = commands.start("-m", "experiments.train", *flags)
         wait_for_rounds(process, workdir, logged + 60)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=TIMEOUT_SECONDS)
         before, logged = logged, num_logged(workdir)
         assert before + 60 <= logged < ROUNDS
         assert not (workdir / "summary.json").exists()
@@ -257,7 +266,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, commands):
             assert process.returncode == -signal.SIGKILL
         assert stray_lines(err) == strays
 
-    ended = commands.train(*flags)
+    ended = commands.in_turn("train", *flags)
     assert ended.code == 0
     assert stray_lines(ended.err) == [f"resuming stopped after round {logged}"]
     uninterrupted = whole[0] / "run"
@@ -268,7 +277,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, commands):
     assert [summaries[0][key] for key in same] == [summaries[1][key] for key in same]
 
     replays = [
-        commands.replay(f"--workdir={path}", f"--out={name}.npz")
+        commands.in_turn("replay", f"--workdir={path}", f"--out={name}.npz")
         for path, name in ((workdir, "stopped"), (uninterrupted, "whole"))
     ]
     assert [ended.code for ended in replays] == [0, 0]
@@ -303,11 +312,9 @@ def test_mistakes_end_with_one_sentence_and_leave_nothing(copied, commands):
         ([*same, "--rounds=10"], rf"run holds {ROUNDS} rounds already; give --rounds={ROUNDS} or"),
     ]
     kept = (copied / "log.sqlite").read_bytes()
-    arguments = [
-        case if any("--workdir" in flag for flag in case) else ["--workdir=new", *case]
-        for case, _ in cases
-    ]
-    for (case, message), ended in zip(cases, commands.train_each(arguments), strict=True):
+    for case, message in cases:
+        elsewhere = [] if any("--workdir" in flag for flag in case) else ["--workdir=new"]
+        ended = commands.in_turn("train", *elsewhere, *case)
         assert (ended.code, ended.out) == (1, ""), case
         assert re.fullmatch(rf"error: .*{message}.*\n", ended.err), ended.err
     assert not (commands.folder / "new").exists() and not (commands.folder / "runs").exists()
@@ -321,7 +328,7 @@ def test_mistakes_in_a_command_by_itself(commands):
         "FATAL Flags parsing error: flag --num_clients=0: 0 is not a positive integer\n"
     )
     assert "Traceback" not in ended.err
-    ended = commands.replay("--workdir=nowhere")
+    ended = commands.in_turn("replay", "--workdir=nowhere")
     assert (ended.code, ended.out) == (1, "")
     assert ended.err == (
         "error: nowhere is not a run (it has no flags.json): choose the --workdir of a run\n"
@@ -329,7 +336,7 @@ def test_mistakes_in_a_command_by_itself(commands):
     assert list(commands.folder.iterdir()) == []
 
 
-def test_a_diverging_run_says_so_and_keeps_what_it_has(commands):
+def test_a_diverging_run_says_so_and_keeps_what_it_has(quickly):
     flags = [
         "--task=quadratic",
         "--quadratic_dim=20",
@@ -340,7 +347,7 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(commands):
         "--eval_every=5",
         "--workdir=run",
     ]
-    ended = commands.train(*flags)
+    ended = quickly.in_turn("train", *flags)
     assert ended.code == 1
     (sentence,) = stray_lines(ended.err)
     found = re.fullmatch(
@@ -350,7 +357,7 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(commands):
     )
     diverged = int(found[1])
     assert found[1] == found[3] and 13 <= diverged < 20
-    workdir = commands.folder / "run"
+    workdir = quickly.folder / "run"
     summary = summary_of(workdir)
     assert sorted(summary) == sorted([*PROMISED, *MORE, "diverged_round", "failure"])
     assert f"error: {summary['failure']}" == sentence
@@ -359,7 +366,7 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(commands):
     assert (workdir / "rounds.png").exists()
     assert "Figures, log and summary are in run" in ended.out
 
-    again = commands.train(*flags)
+    again = quickly.in_turn("train", *flags)
     assert again.code == 1
     assert stray_lines(again.err) == [f"resuming run after round {diverged}", sentence]
     assert {**summary_of(workdir), **times(summary)} == summary
@@ -385,9 +392,10 @@ def events(folder):
     return found
 
 
-def test_real_data_with_tensorboard_in_a_folder_named_by_the_flags(commands):
+def test_real_data_with_tensorboard_in_a_folder_named_by_the_flags(quickly):
     pytest.importorskip("tensorboardX")
-    ended = commands.train(
+    ended = quickly.in_turn(
+        "train",
         "--num_clients=10",
         "--local_steps=1",
         "--num_perturbations=5",
@@ -400,7 +408,7 @@ def test_real_data_with_tensorboard_in_a_folder_named_by_the_flags(commands):
         "--noprogress",
     )
     assert (ended.code, ended.err) == (0, "")
-    (workdir,) = (commands.folder / "runs").iterdir()
+    (workdir,) = (quickly.folder / "runs").iterdir()
     assert re.fullmatch(r"digits-softmax-decomfl-[0-9a-f]{8}", workdir.name)
     assert f"Figures, log and summary are in runs/{workdir.name}\n" in ended.out
 

@@ -233,7 +233,11 @@ def checksum(values: Iterable[int | float | str | bytes | None]) -> int:
 def connect(path: Path) -> sqlite3.Connection:
     """Opens a log for reading and writing, with a commit on disk when it returns."""
     connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
-    connection.execute("PRAGMA synchronous = FULL")
+    try:
+        connection.execute("PRAGMA synchronous = FULL")
+    except BaseException:  # the file is none of SQLite's, or is locked
+        connection.close()
+        raise
     return connection
 
 
