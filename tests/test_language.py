@@ -20,7 +20,6 @@ from zofl_jax.tasks import encoding, evaluation, language, prompts
 PROMPT = prompts.Prompt("{text} It was", ("bad", "good"), "label")
 ANSWER = prompts.Prompt("{text} It was", None, "answer")
 KEY = jax.random.key(5)
-# Everything is compared with a tolerance, or with itself.
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ TINY = architectures.Config(
     pad_id=0,
 )
 KEY = jax.random.key(0)
-# Everything is compared with a tolerance, or with itself.
 apply = jax.jit(transformer.apply, static_argnums=0)
 hidden = jax.jit(transformer.hidden, static_argnums=0)
 FAMILIES = ["opt", "opt-post-norm", "llama", "llama-biases", "qwen2", "qwen3", "smollm3"]
