@@ -316,6 +316,7 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(commands):
         "--quadratic_dim=20",
         "--effective_rank=5",
         "--local_steps=1",
+        "--learning_rate=0.5",
         "--schedule=12:lr=1e30",
         "--rounds=40",
         "--eval_every=5",
@@ -326,7 +327,7 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(commands):
     (sentence,) = stray_lines(ended.err)
     found = re.fullmatch(
         r"error: round (\d+) diverged \(training loss (nan|inf)\); the model after (\d+) rounds is "
-        r"kept\. Lower the learning rate, .*",
+        r"kept; type --learning_rate=0\.05 \(a tenth\), or --auto_lr, with another --workdir",
         sentence,
     )
     diverged = int(found[1])
