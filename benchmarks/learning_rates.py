@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.table:
         print(table(json.loads(options.table.read_text())["rows"]))
         return
-    jax.config.update("jax_compilation_cache_dir", str(entry.default_cache()))
+    use_cache()
     result: dict[str, Any] = {"rows": []}
     if options.out and options.out.exists():
         result = json.loads(options.out.read_text())
@@ -109,6 +109,11 @@ def main(argv: list[str] | None = None) -> None:
             print(table(_of(result["rows"], cell.name, seed)).splitlines()[-1], flush=True)
     if not options.out:
         print(json.dumps(result, indent=1))
+
+
+def use_cache() -> None:
+    """Turns on the cache of compiled programs: all rates and seeds of a cell have the same."""
+    jax.config.update("jax_compilation_cache_dir", str(entry.default_cache()))
 
 
 def measure(cell: Cell, seed: int, more: list[str]) -> list[dict[str, Any]]:

@@ -125,6 +125,10 @@ def _main(values: dict[str, Any], team: Team | None = None) -> None:
         values["learning_rate"] = read_flags(workdir)["learning_rate"]
     elif FLAGS.auto_lr:
         experiment = experiment or config.build(values, FLAGS.devices)
+        note(
+            f"--auto_lr tries learning rates for {tuning.probe_rounds(values)} rounds each, from "
+            f"{values['learning_rate']:.3g} on"
+        )
         probed = tuning.probe(values, experiment, FLAGS.devices)
         note(probed.sentence)
         values["learning_rate"] = probed.learning_rate

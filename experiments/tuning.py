@@ -176,7 +176,7 @@ def search(
         rates = [trial.learning_rate for trial in trials]
         raise UserError(
             f"--auto_lr: the loss rises at every learning rate tried, from {min(rates):.3g} to "
-            f"{max(rates):.3g}; type a --num_perturbations larger than this run's"
+            f"{max(rates):.3g}; type a larger --num_perturbations or --batch_size"
         )
     bad = min((t for t in trials if not t.good), default=None)
     while bad is None or bad.learning_rate > 3 * best.learning_rate:

@@ -155,6 +155,7 @@ def test_a_run_keeps_the_rate_it_found_and_its_diagnoses(commands):
         ]
     )
     assert (first.code, more.code, other.code, wrong.code) == (0, 0, 1, 1)
+    assert "note: --auto_lr tries learning rates for 7 rounds each, from 0.1 on\n" in first.err
     (chosen,) = re.findall(r"note: --auto_lr chose (\S+): tried at 3 times each rate", first.err)
     kept = json.loads((commands.folder / "run" / "flags.json").read_text())["learning_rate"]
     assert float(chosen) == pytest.approx(kept, rel=1e-2) and kept != 0.1
