@@ -18,14 +18,18 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl.testing import flagsaver
 
 from benchmarks import measuring
-from experiments import config, entry, tuning
+from experiments import config, entry, methods, tuning
+from zofl_jax import compilation, rounds, simulation
 
 SEEDS = (0, 1, 2)
 STEP = 3.0  # from rate to rate
@@ -97,8 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     result: dict[str, Any] = {"rows": []}
     if options.out and options.out.exists():
         result = json.loads(options.out.read_text())
-    for seed in SEEDS[: options.seeds]:
-        for cell in [cell for cell in CELLS if options.cells in cell.name]:
+    for cell in [cell for cell in CELLS if options.cells in cell.name]:
+        for seed in SEEDS[: options.seeds]:
             if any((row["cell"], row["seed"]) == (cell.name, seed) for row in result["rows"]):
                 continue
             more = ["--rounds=6", "--num_clients=5"] if options.smoke else []
@@ -122,9 +126,10 @@ def measure(cell: Cell, seed: int, more: list[str]) -> list[dict[str, Any]]:
         config.FLAGS(["train", *cell.flags(seed), *more])
         values = config.resolve()
     experiment = config.build(values, 1)
+    at = one_program(cell, values, experiment)
     began = time.process_time()
     try:
-        found = tuning.probe(values, experiment, 1)
+        found = tuning.probe_with(values, experiment.task, at)
     except entry.UserError as error:
         return [{"cell": cell.name, "seed": seed, "failure": str(error)}]
     probing = time.process_time() - began
@@ -135,23 +140,66 @@ def measure(cell: Cell, seed: int, more: list[str]) -> list[dict[str, Any]]:
         "probe_cpu_seconds": round(probing, 2),
         "trials": {f"{t.learning_rate:g}": t.good for t in found.trials},
     }
-    rows = {found.learning_rate: run(values, experiment, found.learning_rate) | chosen}
+    rows = {found.learning_rate: run(values, at, found.learning_rate) | chosen}
     for factor in (STEP, 1 / STEP):  # away from the chosen rate, as long as that helps
         rate = found.learning_rate
         while True:
             before, rate = rate, float(f"{rate * factor:.3g}")
-            rows[rate] = run(values, experiment, rate)
+            rows[rate] = run(values, at, rate)
             if not rows[rate]["accuracy"] > rows[before]["accuracy"]:
                 break
     if values["learning_rate"] not in rows:
-        rows[values["learning_rate"]] = run(values, experiment, values["learning_rate"])
+        rows[values["learning_rate"]] = run(values, at, values["learning_rate"])
     rows[values["learning_rate"]]["default"] = True
     return [common | {"rate": rate} | rows[rate] for rate in sorted(rows)]
 
 
-def run(values: config.Values, experiment: config.Experiment, rate: float) -> dict[str, Any]:
+programs: dict[Cell, Callable[..., Any]] = {}  # of the cell at hand alone
+
+
+def one_program(
+    cell: Cell, values: config.Values, experiment: config.Experiment
+) -> Callable[[float], simulation.Simulator]:
+    """Returns learning rate -> simulator; they share a program that takes rate and seed.
+
+    `config.at_learning_rate` traces anew for each rate, which takes longer than most of these runs.
+    Where the optimiser is tried out on numbers while a round is traced, it is taken instead:
+    low-rank directions at K > 1.
+    """
+    simulator, task = experiment.simulator, experiment.task
+    if values["perturbation"] == "low_rank" and values["local_steps"] > 1:
+        return lambda rate: (
+            config.at_learning_rate(experiment, {**values, "learning_rate": rate}, 1).simulator
+        )
+
+    def advance(rate: Any, *args: Any) -> Any:
+        (phase,) = methods.build_phases({**values, "learning_rate": rate}, task)
+        sizes = values["clients_per_round"], values["batch_size"]
+        made = rounds.make_advance(
+            *(phase.algorithm, task, *sizes, values["weighting"], None),
+            *(simulator.capacities[0], simulator.conditions),
+        )
+        return made(*args)
+
+    def at(rate: float) -> simulation.Simulator:
+        def launch(state: Any, memory: Any, n: int) -> simulation.Flight:
+            first_round = int(state.round)
+            args = (jnp.float32(rate), state, memory, task.train, simulator.root, np.int32(n))
+            if cell not in programs:
+                programs.clear()
+                programs[cell] = compilation.compiled(advance, args)
+            return simulation.Flight(first_round, programs[cell](*args))
+
+        return simulator._replace(launch=launch)
+
+    return at
+
+
+def run(
+    values: config.Values, at: Callable[[float], simulation.Simulator], rate: float
+) -> dict[str, Any]:
     """Returns the accuracy after all rounds of a rate, 0 and the round where the run diverged."""
-    simulator = config.at_learning_rate(experiment, {**values, "learning_rate": rate}, 1).simulator
+    simulator = at(rate)
     progress, began = simulator.start(None), time.process_time()
     state, memory, first = progress.state, progress.memory, math.nan
     done, diverged = 0, None

@@ -136,15 +136,33 @@ def probe(
     Raises:
       UserError: if the loss rises at every rate that is tried.
     """
-    loss = _loss_on_a_batch(experiment.task, values["batch_size"])
-    start = loss(experiment.simulator.start(None).state.params)
+
+    def at(rate: float) -> simulation.Simulator:
+        return config.at_learning_rate(
+            experiment, {**values, "learning_rate": rate}, devices
+        ).simulator
+
+    return probe_with(values, experiment.task, at)
+
+
+def probe_with(
+    values: config.Values, task: Task, at: Callable[[float], simulation.Simulator]
+) -> Probe:
+    """Returns what `probe` does, from simulators at any learning rate.
+
+    Args:
+      values: the flags, with the learning rate that the search starts from.
+      task: that of the simulators.
+      at: learning rate -> the run's simulator at that rate.
+
+    Raises:
+      UserError: if the loss rises at every rate that is tried.
+    """
+    loss = _loss_on_a_batch(task, values["batch_size"])
     times, rounds = margin(values), probe_rounds(values)
 
     def attempt(rate: float) -> Trial:
-        at_rate = config.at_learning_rate(
-            experiment, {**values, "learning_rate": times * rate}, devices
-        ).simulator
-        return _trial(at_rate, rate, rounds, start, loss)
+        return _trial(at(times * rate), rate, rounds, loss)
 
     chosen, trials = search(attempt, values["learning_rate"], SPENT * values["rounds"])
     return Probe(chosen, times, trials)
@@ -203,11 +221,11 @@ def _trial(
     simulator: simulation.Simulator,
     rate: float,
     rounds: int,
-    start: float,
     loss: Callable[[Params], float],
 ) -> Trial:
     progress = simulator.start(None)
     state, memory = progress.state, progress.memory
+    start = loss(state.params)
     losses, done = [start], 0
     for until in np.ceil(np.linspace(0, rounds, min(CHECKS, rounds) + 1)[1:]).astype(int).tolist():
         while done < until:

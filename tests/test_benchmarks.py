@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -125,12 +126,10 @@ def accuracies(monkeypatch):
     """Puts runs of known accuracy in place of real ones; {} holds them by rate."""
     by_rate = {}
     probe = tuning.Probe(0.09, 3.0, [tuning.Trial(0.09, [2.3, 1.0], 50)])
-    monkeypatch.setattr(tuning, "probe", lambda *given: probe)
-    monkeypatch.setattr(config, "build", lambda *given: None)
+    monkeypatch.setattr(tuning, "probe_with", lambda *given: probe)
+    monkeypatch.setattr(config, "build", lambda *given: SimpleNamespace(task=None, simulator=None))
     monkeypatch.setattr(learning_rates, "use_cache", lambda: None)
-    monkeypatch.setattr(
-        learning_rates, "run", lambda values, experiment, rate: {"accuracy": by_rate[rate]}
-    )
+    monkeypatch.setattr(learning_rates, "run", lambda values, at, rate: {"accuracy": by_rate[rate]})
     return by_rate
 
 

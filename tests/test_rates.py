@@ -63,9 +63,7 @@ def test_the_rate_follows_directions_momentum_and_optimiser():
         momentum=0.0, algorithm="fedsgd"
     )
     assert default(model="mlp") < default() / 5
-    assert default(optimizer="adam", num_perturbations=4) == pytest.approx(
-        default(optimizer="adam") / math.sqrt(5), rel=0.3
-    )
+    assert default(optimizer="adam", num_perturbations=4) < default(optimizer="adam") < 0.03
     assert default(optimizer="adam", algorithm="fedavg") == rates.ADAM
 
 

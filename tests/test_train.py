@@ -17,6 +17,7 @@ ROUNDS = 1000
 QUADRATIC = """
 # The run that most tests look at.
 --task=quadratic
+--learning_rate=0.02
 --quadratic_dim=100
 --effective_rank=5
 --local_steps=1
