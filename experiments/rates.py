@@ -13,11 +13,12 @@ and most at half of that (Malladi et al. 2023, arXiv 2305.17333, theorem 1; Song
 2604.14669). Momentum β sums a gradient up to η / (1 − β) of it, so the noise of the directions
 meets that rate. Along the top eigenvector the edge of the rate η is 2 (1 + β) / λ_max (Polyak
 1964), so there η / (1 − β) is divided by (1 + β) / (1 − β) first. First-order methods have no
-noise of directions: P is infinite. Local steps K are steps like others: at K = 4 the edges are
-those of K = 1, measured.
+noise of directions: P is infinite. Local steps K are steps like others and not in the formula; a run
+of as many rounds has K times as many, and for the perceptron on digits its edge at K = 4 was about
+half of that at K = 1.
 
-A default is `SHARE` of the edge. What is missing from the half is for a curvature that grows: in
-the noise of a long descent the weights take a random walk, which lets the curvature of a
+A default is `SHARE` of the edge. What is missing from the half is for this and for a curvature that
+grows: in the noise of a long descent the weights take a random walk, which lets the curvature of a
 multilayer model rise, by far more than the gradient's own path would. So the trace in
 `CURVATURES` is that of the largest rate that trained (`benchmarks/learning_rates.py`) where it is
 above the one that `diagnostics.trace` finds along a descent.
