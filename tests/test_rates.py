@@ -72,7 +72,7 @@ def test_a_rate_that_is_given_is_kept_and_others_suit_the_task():
     assert resolve("--model=mlp")["learning_rate"] == default(model="mlp")
     texts = resolve("--task=reviews", "--model=gguf:model.gguf")
     assert texts["learning_rate"] == 1e-4  # at P = 5, without momentum
-    assert resolve("--task=quadratic", "--effective_rank=5")["learning_rate"] == 0.2
+    assert resolve("--task=quadratic", "--effective_rank=5")["learning_rate"] == 0.046
 
 
 def test_every_model_and_algorithm_has_a_rate():
