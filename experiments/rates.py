@@ -59,7 +59,7 @@ IMAGES = {
     "mlp": Curvature(1500, 20),
     "mnist_cnn": Curvature(4000, 30),
     "fashion_cnn": Curvature(10_000, 30),
-    "lenet": Curvature(200, 30),
+    "lenet": Curvature(400, 30),
 }
 """On Fashion-MNIST, 28 x 28; taken for all images but the digits."""
 
