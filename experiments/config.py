@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments import conditions, language, methods, partitions, schedules
+from experiments import conditions, language, methods, partitions, rates, schedules
 from experiments.entry import UserError
 from zofl_jax import (
     compilation,
@@ -211,6 +211,8 @@ def resolve(shared: Collection[str] = ()) -> dict[str, Any]:
             f"--num_clients={values['num_clients']}"
         )
     conditions.fill_in(values, given)
+    if values["learning_rate"] is None:
+        values["learning_rate"] = rates.default(values)
     return values
 
 

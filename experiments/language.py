@@ -34,10 +34,9 @@ DEFAULTS = {
     "estimator": "forward",
     "batch_size": 16,
     "momentum": 0.0,
-    "learning_rate": 1e-4,
 }
-"""Of flags that are not given, on texts: the settings of Li et al. 2025 (arXiv 2405.15861), but
-for the learning rate, which suits SmolLM2-135M; theirs is 5e-6 for OPT-125M."""
+"""Of flags that are not given, on texts: the settings of Li et al. 2025 (arXiv 2405.15861). The
+learning rate is that of `rates.py`; theirs is 5e-6 for OPT-125M."""
 
 flags.DEFINE_enum(
     "objective",

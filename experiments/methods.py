@@ -122,7 +122,12 @@ flags.DEFINE_enum(
     ["sgd", "adam"],
     "Optimiser: the one that everyone replays, of methods with dense uploads the clients' own.",
 )
-flags.DEFINE_float("learning_rate", 0.02, "Learning rate.")
+flags.DEFINE_float(
+    "learning_rate",
+    None,
+    "Learning rate; unless given, one that suits the task, the model and the method, see "
+    "experiments/rates.py.",
+)
 flags.DEFINE_float(
     "momentum",
     0.9,
@@ -212,7 +217,7 @@ def fill_in(values: dict[str, Any], given: set[str], shared: Collection[str] = (
     """Fills in the defaults of the algorithm.
 
     Args:
-      values: of all flags.
+      values: of all flags; a learning rate of None stays, see `rates.default`.
       given: those that the user gave.
       shared: those among them that the methods of a comparison were given together.
 
@@ -248,7 +253,7 @@ def fill_in(values: dict[str, Any], given: set[str], shared: Collection[str] = (
     if values["server_beta1"] is None:
         values["server_beta1"] = 0.0 if name == "fedadagrad" else 0.9
     for flag in ("smoothing", "learning_rate", "server_learning_rate"):
-        if values[flag] <= 0:
+        if values[flag] is not None and values[flag] <= 0:
             raise ValueError(f"--{flag} must be positive, got {values[flag]}")
     for flag in ("momentum", "server_beta1", "server_beta2"):
         if not 0 <= values[flag] < 1:

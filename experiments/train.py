@@ -46,7 +46,8 @@ flags.DEFINE_integer(
 flags.DEFINE_bool(
     "auto_lr",
     False,
-    "Find the learning rate by a short probe around --learning_rate; flags.json keeps it.",
+    "Find the learning rate by trials from --learning_rate on, or its default, which take about "
+    "half to once as many rounds as the run; flags.json keeps it.",
 )
 flags.DEFINE_integer(
     "diagnose_every",
@@ -124,6 +125,10 @@ def _main(values: dict[str, Any], team: Team | None = None) -> None:
         values["learning_rate"] = read_flags(workdir)["learning_rate"]
     elif FLAGS.auto_lr:
         experiment = experiment or config.build(values, FLAGS.devices)
+        note(
+            f"--auto_lr tries learning rates for {tuning.probe_rounds(values)} rounds each, from "
+            f"{values['learning_rate']:.3g} on"
+        )
         probed = tuning.probe(values, experiment, FLAGS.devices)
         note(probed.sentence)
         values["learning_rate"] = probed.learning_rate
@@ -132,12 +137,24 @@ def _main(values: dict[str, Any], team: Team | None = None) -> None:
         ended = finished(run, values)
         if ended:
             print(f"The run in {run.path} is complete; give more --rounds to go on.\n")
-        outcome = ended or train(run, values, experiment, lambda done: _bar(values, done))
+        outcome = ended or train(
+            run, values, experiment, lambda done: _bar(values, done), advice=advice(values)
+        )
         report.print_table(outcome.summary)
         if not ended:
             print(f"\nFigures, log and summary are in {run.path}")
     if outcome.failure:
         raise entry.UserError(outcome.failure)
+
+
+def advice(values: config.Values) -> str:
+    """Returns what to type where a run diverges: the end of a sentence."""
+    found = f"type --learning_rate={values['learning_rate'] / 10:.3g} (a tenth)"
+    if FLAGS.auto_lr:
+        found += " in place of --auto_lr"
+    elif not FLAGS.distributed:
+        found += ", or --auto_lr"
+    return f"{found}, with another --workdir" if FLAGS.workdir else found
 
 
 def check_diagnose_every(values: config.Values) -> None:
@@ -197,6 +214,7 @@ def train(
     experiment: config.Experiment | None,
     start_bar: Callable[[int], AbstractContextManager[tqdm.tqdm]],
     *,
+    advice: str = "",
     figures: bool = True,
 ) -> Outcome:
     """Runs the rounds that are missing, and writes the log, the summary and the figures.
@@ -206,6 +224,7 @@ def train(
       values: its flags.
       experiment: built from them; None builds it.
       start_bar: (rounds done) -> the progress bar, which is told of each round from there on.
+      advice: what to type if the loss rises or the run diverges, the end of a sentence.
       figures: whether to draw them; they take about a second.
 
     Raises:
@@ -251,8 +270,7 @@ def train(
         if not warned and (rise := divergence.rising(losses)):
             note(
                 f"the training loss rises, to {rise.last:.3g} from {rise.best:.3g} near round "
-                f"{rise.best_round}: the run may diverge; lower --learning_rate, raise "
-                "--num_perturbations, or let --auto_lr choose"
+                f"{rise.best_round}: the run may diverge{_then(advice)}"
             )
             warned = True
         if saving:
@@ -305,12 +323,15 @@ def train(
     summary["total_seconds"] = time.perf_counter() - began
     stalled = divergence.ended_above(losses)
     if diverged:
-        summary |= {"diverged_round": diverged.round, "failure": str(diverged)}
+        # Local steps alone can have moved anything in the first round.
+        blameless = diverged.round == 0 and values["local_steps"] == 1
+        remedy = _not_the_rate(values) if blameless else advice
+        failure = f"{diverged.finding}{_then(remedy)}"
+        summary |= {"diverged_round": diverged.round, "failure": failure}
     elif stalled is not None:
         sentence = (
             f"the training loss ended at {losses[-1]:.3g}, from {losses[0]:.3g} at the start: "
-            f"the run diverged at round {stalled}. Lower the learning rate, raise the number of "
-            "perturbations, or let --auto_lr choose"
+            f"the run diverged at round {stalled}{_then(advice)}"
         )
         summary |= {"diverged_round": stalled, "failure": sentence}
     if FLAGS.diagnose_every:
@@ -319,6 +340,20 @@ def train(
         report.save_figures(run, experiment.task.name, summary)
     run.write_summary(summary)
     return Outcome(summary, summary.get("failure"))
+
+
+def _then(remedy: str) -> str:
+    return f"; {remedy}" if remedy else ""
+
+
+def _not_the_rate(values: config.Values) -> str:
+    """Returns what to do where a run fails before its first step."""
+    remedy = "no step had been taken, so the learning rate is not the cause: check the data"
+    if values["attack"] != "none":
+        remedy += f", or leave out --attack={values['attack']}"
+    if values["estimator"] in ("forward", "central"):
+        remedy += f", or type --smoothing={values['smoothing'] / 10:.3g} (a tenth)"
+    return remedy
 
 
 def _diagnose(

@@ -1,61 +1,126 @@
-"""A short probe that finds a learning rate, for `--auto_lr`.
+"""A probe that finds a learning rate that trains to the end, for `--auto_lr`.
 
-From the same start, with the same data and seed, a few rounds are run at each rate of a
-geometric grid around --learning_rate. A rate is stable if its loss on a fixed batch of training
-examples ends below the start, and not above where it was half-way. Of the stable rates whose loss
-fell as far as the best one's, give or take a fiftieth, the largest is chosen. A short probe
-can't see what noise does to a long run: where accuracy wears off late, take a smaller rate.
+The rule, for a run of T rounds: try a rate η by running T / m rounds at m η, m = `MARGIN`, from the
+same start with the same data and seed. If the loss on a fixed batch of training examples did not
+rise, η is good; of the good ones that were tried, the one whose trial ended lowest is chosen.
+
+Why it holds: T rounds at η and T / m rounds at m η go the same way. Descent by a noisy gradient of
+covariance Σ follows dx = −∇f ds + √(η Σ) dW in the time s = η · steps (Li, Tai & E 2017, arXiv
+1511.06251), where only the noise depends on the rate. So a trial sees the whole run, the curvature
+at its end and the walk that the noise of the directions lets the weights take included, with the
+variance of the noise m times as large; and m times as near to the edge of stability, where the
+noise is small and λ_max decides (`rates.py`). A probe at η itself sees the start alone: a
+multilayer perceptron on digits, P = 20, K = 1 descends for 60 rounds at 0.008, twice the
+best rate, and is lost at round 80.
+
+Momentum β starts from rest and lacks β / (1 − β) steps on the way; a trial has them in addition.
+Local steps K make a round K steps long for trial and run alike. First-order methods lack the noise
+of the directions and have m = `FIRST_ORDER_MARGIN`.
+
+The search starts at --learning_rate or its default. While trials are good and end lower the rate
+is doubled, until three quarters of the run's rounds are spent; if the first is bad the rate is
+halved, or quartered if the loss rose in the first half of the trial, until one is good. A bad
+trial ends where the loss has doubled. Where the next rate tried above the best is bad, but not
+before the second half of its trial, the geometric mean of the two is taken.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from experiments import config
+from experiments import config, methods
 from experiments.entry import UserError
 from zofl_jax import compilation, simulation
 from zofl_jax.core import Params, Task
 
-ROUNDS = 20
-FACTORS = tuple(10 ** (i / 2) for i in range(-4, 5))
-"""The grid, as multiples of --learning_rate."""
-
+MARGIN = 3.0
+FIRST_ORDER_MARGIN = 2.0
+LEAST_ROUNDS = 5
+MOST_TRIALS = 12
+SPENT = 0.75  # of the run's rounds, after which nothing higher is tried
+CHECKS = 8  # of the loss in a trial
 BATCHES = 8  # of a client's batch size: examples that the loss is measured on
-CLOSE = 0.02  # of the best fall, that a larger rate may lack
+RISE = 0.25  # of its fall, that the loss may end above its least value
+NOTHING = 0.02  # of the loss at the start: less is no fall or rise
 
 
 class Trial(NamedTuple):
-    """A learning rate and the losses on the fixed batch."""
+    """A learning rate and the losses on the fixed batch, in a probe at a multiple of it."""
 
     learning_rate: float
-    half_way: float
-    end: float  # inf if a round diverged
+    losses: list[float]  # at the start and at equal distances; inf where a round diverged
+    rounds: int  # done
+    complete: bool = True  # whether these are all that were asked for
 
-    def stable(self, start: float) -> bool:
-        """Whether the loss fell and wasn't on its way up."""
-        return self.end < start and self.end <= self.half_way + CLOSE * (start - self.half_way)
+    @property
+    def end(self) -> float:
+        """The last loss."""
+        return self.losses[-1]
+
+    @property
+    def fall(self) -> float:
+        """From the start to the least loss, in units of the start."""
+        return (self.losses[0] - min(self.losses)) / max(abs(self.losses[0]), 1e-30)
+
+    @property
+    def late(self) -> bool:
+        """Whether it got through half of its checks."""
+        return len(self.losses) > CHECKS / 2
+
+    @property
+    def good(self) -> bool:
+        """Whether the loss didn't rise, neither from the start nor from its least value."""
+        start, least = self.losses[0], min(self.losses)
+        if not (self.complete and math.isfinite(self.end)):
+            return False
+        return self.end - least <= RISE * (start - least) + NOTHING * abs(start)
 
 
 class Probe(NamedTuple):
     """What the probe found."""
 
     learning_rate: float
-    start: float
-    trials: list[Trial]
+    margin: float
+    trials: list[Trial]  # in the order in which they were made
+
+    @property
+    def rounds(self) -> int:
+        """That all trials together took."""
+        return sum(trial.rounds for trial in self.trials)
 
     @property
     def sentence(self) -> str:
-        """For the user: what was chosen, and of what."""
-        chosen = next(t for t in self.trials if t.learning_rate == self.learning_rate)
-        others = ", ".join(f"{t.learning_rate:.3g}: {t.end:.3g}" for t in self.trials)
-        highest = self.learning_rate == max(t.learning_rate for t in self.trials)
-        ends = " It is the largest tried: raise --learning_rate to try more." if highest else ""
-        return (
-            f"--auto_lr chose {self.learning_rate:.3g}: the loss falls from {self.start:.3g} to "
-            f"{chosen.end:.3g} in the probe (of {others}).{ends}"
+        """For the user: what was chosen, of what, and what that took."""
+        ends = ", ".join(
+            f"{t.learning_rate:.3g}: {f'{t.end:.3g}' if t.good else 'rises'}"
+            for t in sorted(self.trials)
         )
+        return (
+            f"--auto_lr chose {self.learning_rate:.3g}: tried at {self.margin:g} times each rate, "
+            f"from a loss of {self.trials[0].losses[0]:.3g}, the ends are {ends}; the probe took "
+            f"{self.rounds} rounds"
+        )
+
+
+def margin(values: config.Values) -> float:
+    """Returns m, how many times the rate of the run a trial has."""
+    return FIRST_ORDER_MARGIN if values["algorithm"] in methods.FIRST_ORDER else MARGIN
+
+
+def probe_rounds(values: config.Values) -> int:
+    """Returns the rounds of a trial.
+
+    >>> flags = {"algorithm": "decomfl", "optimizer": "sgd", "momentum": 0.9, "local_steps": 1}
+    >>> probe_rounds({**flags, "rounds": 399})  # 399 / 3 and 2/3 of 9 steps
+    139
+    """
+    times = margin(values)
+    momentum = values["momentum"] if values["optimizer"] == "sgd" else 0.0
+    start = (1 - 1 / times) * momentum / (1 - momentum) / values["local_steps"]
+    return min(values["rounds"], max(LEAST_ROUNDS, math.ceil(values["rounds"] / times + start)))
 
 
 def probe(
@@ -64,65 +129,118 @@ def probe(
     """Returns the learning rate to take.
 
     Args:
-      values: the flags, with the learning rate in the middle of the grid.
+      values: the flags, with the learning rate that the search starts from.
       experiment: built from them.
       devices: as for `config.build`.
 
     Raises:
-      UserError: if no rate of the grid lowers the loss.
+      UserError: if the loss rises at every rate that is tried.
     """
-    loss = _loss_on_a_batch(experiment.task, values["batch_size"])
-    rounds = min(ROUNDS, values["rounds"])
-    start = loss(experiment.simulator.start(None).state.params)
-    trials: list[Trial] = []
-    for factor in FACTORS:
-        rate = float(f"{values['learning_rate'] * factor:.6g}")
-        at_rate = config.at_learning_rate(
+
+    def at(rate: float) -> simulation.Simulator:
+        return config.at_learning_rate(
             experiment, {**values, "learning_rate": rate}, devices
         ).simulator
-        trials.append(Trial(rate, *_losses(at_rate, rounds, loss)))
-        if trials[-1].end > 2 * abs(start) and len(trials) > 1:
-            break  # larger rates are worse
-    return Probe(choose(trials, start), start, trials)
+
+    return probe_with(values, experiment.task, at)
 
 
-def choose(trials: list[Trial], start: float) -> float:
-    """Returns the largest stable rate whose loss fell about as far as the best one's.
+def probe_with(
+    values: config.Values, task: Task, at: Callable[[float], simulation.Simulator]
+) -> Probe:
+    """Returns what `probe` does, from simulators at any learning rate.
+
+    Args:
+      values: the flags, with the learning rate that the search starts from.
+      task: that of the simulators.
+      at: learning rate -> the run's simulator at that rate.
 
     Raises:
-      UserError: if none is stable.
-
-    >>> choose([Trial(0.1, 0.9, 0.8), Trial(1.0, 0.5, 0.2), Trial(10.0, 0.3, 0.9)], 1.0)
-    1.0
+      UserError: if the loss rises at every rate that is tried.
     """
-    stable = [trial for trial in trials if trial.stable(start)]
-    if not stable:
+    loss = _loss_on_a_batch(task, values["batch_size"])
+    times, rounds = margin(values), probe_rounds(values)
+
+    def attempt(rate: float) -> Trial:
+        return _trial(at(times * rate), rate, rounds, loss)
+
+    chosen, trials = search(attempt, values["learning_rate"], SPENT * values["rounds"])
+    return Probe(chosen, times, trials)
+
+
+def search(
+    attempt: Callable[[float], Trial], first: float, enough: float
+) -> tuple[float, list[Trial]]:
+    """Returns the learning rate to take, and the trials made to find it.
+
+    Args:
+      attempt: learning rate -> its trial.
+      first: the learning rate to start from.
+      enough: rounds spent, after which no higher rate is tried.
+
+    Raises:
+      UserError: if no trial is good.
+
+    >>> def attempt(rate):  # good up to 0.5
+    ...     return Trial(rate, [1.0, 1.0 - rate if rate <= 0.5 else 9.0], 10)
+    >>> search(attempt, 0.3, 100)[0], search(attempt, 0.1, 100)[0]
+    (0.3, 0.4)
+    """
+    trials = [attempt(_rounded(first))]
+    while not trials[-1].good and len(trials) < MOST_TRIALS:
+        trials.append(attempt(_rounded(trials[-1].learning_rate / (2 if trials[-1].late else 4))))
+    best = trials[-1]
+    if not best.good:
         rates = [trial.learning_rate for trial in trials]
         raise UserError(
-            f"--auto_lr: no learning rate from {min(rates):.3g} to {max(rates):.3g} lowers the "
-            "loss; raise --num_perturbations, or give a --learning_rate of another magnitude"
+            f"--auto_lr: the loss rises at every learning rate tried, from {min(rates):.3g} to "
+            f"{max(rates):.3g}; type a larger --num_perturbations or --batch_size"
         )
-    best = min(trial.end for trial in stable)
-    close = [t for t in stable if start - t.end >= (1 - CLOSE) * (start - best)]
-    return max(trial.learning_rate for trial in close)
+    bad = min((t for t in trials if not t.good), default=None)
+    while bad is None or bad.learning_rate > 3 * best.learning_rate:
+        if sum(trial.rounds for trial in trials) >= enough or len(trials) == MOST_TRIALS:
+            break
+        higher = attempt(_rounded(best.learning_rate * (2 if best.fall > NOTHING else 4)))
+        trials.append(higher)
+        if not higher.good:
+            bad = higher
+        elif higher.end < best.end:
+            best = higher
+        else:
+            break
+    if bad and bad.late and bad.learning_rate <= 3 * best.learning_rate:
+        return _rounded(math.sqrt(best.learning_rate * bad.learning_rate)), trials
+    return best.learning_rate, trials
 
 
-def _losses(
-    simulator: simulation.Simulator, rounds: int, loss: Callable[[Params], float]
-) -> tuple[float, float]:
-    """Returns the loss half-way and at the end; infinity from where a round diverged."""
-    found: list[float] = []
-    start = simulator.start(None)
-    state, memory = start.state, start.memory
-    for until in (max(1, rounds // 2), rounds):
-        while int(state.round) < until:
-            n = min(until - int(state.round), min(simulator.capacities))
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def _trial(
+    simulator: simulation.Simulator,
+    rate: float,
+    rounds: int,
+    loss: Callable[[Params], float],
+) -> Trial:
+    progress = simulator.start(None)
+    state, memory = progress.state, progress.memory
+    start = loss(state.params)
+    losses, done = [start], 0
+    for until in np.ceil(np.linspace(0, rounds, min(CHECKS, rounds) + 1)[1:]).astype(int).tolist():
+        while done < until:
+            phase = simulation.phase_at(simulator.phases, done)
+            ends = [p.first_round for p in simulator.phases[phase + 1 :]]
+            n = min([until - done, simulator.capacities[phase], *(e - done for e in ends)])
             state, memory, trace = simulator.advance(state, memory, n)
+            done += len(trace.losses)
             if trace.failed_loss is not None:
-                return (found or [np.inf])[0], np.inf
+                return Trial(rate, [*losses, math.inf], done, complete=False)
         value = loss(state.params)
-        found.append(value if np.isfinite(value) else np.inf)
-    return found[0], found[1]
+        losses.append(value if math.isfinite(value) else math.inf)
+        if losses[-1] > start + abs(start):
+            return Trial(rate, losses, done, complete=False)
+    return Trial(rate, losses, done)
 
 
 def _loss_on_a_batch(task: Task, batch_size: int) -> Callable[[Params], float]:

@@ -2,13 +2,24 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import dispatch, generators, measuring, memory, round, speed, workloads
+from benchmarks import (
+    dispatch,
+    generators,
+    learning_rates,
+    measuring,
+    memory,
+    round,
+    speed,
+    workloads,
+)
+from experiments import config, tuning
 from zofl_jax import compilation, keys
 
 KEYS = {
@@ -109,6 +120,37 @@ def test_dispatch_compares_a_run_with_its_rounds(tmp_path):
     result = run(dispatch, tmp_path)
     assert result["run_seconds"] > 0
     assert result["overhead"] < 1
+
+
+@pytest.fixture
+def accuracies(monkeypatch):
+    """Puts runs of known accuracy in place of real ones; {} holds them by rate."""
+    by_rate = {}
+    probe = tuning.Probe(0.09, 3.0, [tuning.Trial(0.09, [2.3, 1.0], 50)])
+    monkeypatch.setattr(tuning, "probe_with", lambda *given: probe)
+    monkeypatch.setattr(config, "build", lambda *given: SimpleNamespace(task=None, simulator=None))
+    monkeypatch.setattr(learning_rates, "use_cache", lambda: None)
+    monkeypatch.setattr(learning_rates, "run", lambda values, at, rate: {"accuracy": by_rate[rate]})
+    return by_rate
+
+
+def test_the_grid_of_rates_goes_on_while_that_helps(accuracies, tmp_path):
+    accuracies |= {0.0003: 0.3, 0.0011: 0.7, 0.01: 0.5, 0.03: 0.6, 0.09: 0.8, 0.27: 0.85, 0.81: 0.0}
+    out = tmp_path / "result.json"
+    command = [f"--out={out}", "--cells=digits,softmax,K=1,P=1", "--seeds=1"]
+    learning_rates.main(command)
+    result = json.loads(out.read_text())
+    rates = [row["rate"] for row in result["rows"] if row["cell"] == "digits,softmax,K=1,P=1"]
+    assert rates == [0.0011, 0.03, 0.09, 0.27, 0.81]  # the first is the default
+    assert result.keys() >= {"device", "versions"}
+    accuracies.clear()  # what is there is not measured again
+    learning_rates.main(command)
+    line = learning_rates.table(result["rows"]).splitlines()[2]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells == [
+        *("digits,softmax,K=1,P=1", "1", "0.09", "0.800", "0.850", "0.050", "0"),
+        *("0.333", "0.0011", "0.700"),
+    ]
 
 
 def test_few_repeats_are_refused():

@@ -270,7 +270,7 @@ def test_methods_have_flags_of_their_own_and_share_the_rest():
     plain, few = parsed("decomfl", "few --algorithm=decomfl --num_perturbations=3 --momentum=0.5")
     assert (plain.name, few.name) == ("decomfl", "few")
     changed = {name for name in plain.values if plain.values[name] != few.values[name]}
-    assert changed == {"num_perturbations", "momentum"}
+    assert changed == {"num_perturbations", "momentum", "learning_rate"}  # whose default follows
     assert (few.values["num_perturbations"], few.values["momentum"]) == (3, 0.5)
 
 

@@ -19,6 +19,7 @@ ROUNDS = 1000
 QUADRATIC = """
 # The run that most tests look at.
 --task=quadratic
+--learning_rate=0.02
 --quadratic_dim=100
 --effective_rank=5
 --local_steps=1
@@ -342,6 +343,7 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(quickly):
         "--quadratic_dim=20",
         "--effective_rank=5",
         "--local_steps=1",
+        "--learning_rate=0.5",
         "--schedule=12:lr=1e30",
         "--rounds=40",
         "--eval_every=5",
@@ -352,7 +354,7 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(quickly):
     (sentence,) = stray_lines(ended.err)
     found = re.fullmatch(
         r"error: round (\d+) diverged \(training loss (nan|inf)\); the model after (\d+) rounds is "
-        r"kept\. Lower the learning rate, .*",
+        r"kept; type --learning_rate=0\.05 \(a tenth\), or --auto_lr, with another --workdir",
         sentence,
     )
     diverged = int(found[1])

@@ -155,12 +155,21 @@ class Simulator(NamedTuple):
 class Diverged(ArithmeticError):  # noqa: N818 (the name says what happened)
     """A round's broadcast or all its losses were not finite, or every message of it was rejected;
     the round was not applied.
+
+    Attributes:
+      round: the one that was not applied.
+      loss: the mean training loss of its clients.
+      progress: up to there.
+      finding: what happened, a sentence without full stop; the message goes on to a remedy.
     """
 
     def __init__(self, round_index: int, loss: float, progress: Progress):
-        super().__init__(
+        self.finding = (
             f"round {round_index} diverged (training loss {loss}); the model after "
-            f"{round_index} rounds is kept. Lower the learning rate, raise the number of "
+            f"{round_index} rounds is kept"
+        )
+        super().__init__(
+            f"{self.finding}. Lower the learning rate to a tenth, raise the number of "
             "perturbations, or clip the scalars"
         )
         self.round = round_index

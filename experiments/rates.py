@@ -1,0 +1,111 @@
+"""The learning rate of a run that is given none, from its task, model and method.
+
+Where the loss has gradient g and Hessian H, the mean of P directional derivatives times Gaussian
+directions, ĝ = (1/P) Σ_p z_p z_pᵀ g, has E ĝ = g and, by the fourth moments of a Gaussian,
+
+    E ĝᵀHĝ = (1 + 1/P) gᵀHg + ‖g‖² tr(H) / P.
+
+The step −η ĝ lowers the loss on average while η < 2 ‖g‖² / E ĝᵀHĝ, whose least value is
+
+    edge = 2 / ((1 + 1/P) λ_max + tr(H) / P),
+
+and most at half of that (Malladi et al. 2023, arXiv 2305.17333, theorem 1; Song et al. 2026, arXiv
+2604.14669). Momentum β sums a gradient up to η / (1 − β) of it, so the noise of the directions
+meets that rate. Along the top eigenvector the edge of the rate η is 2 (1 + β) / λ_max (Polyak
+1964), so there η / (1 − β) is divided by (1 + β) / (1 − β) first. First-order methods have no
+noise of directions: P is infinite. Local steps K are steps like others and not in the formula; a
+run of as many rounds has K times as many, and for the perceptron on digits its edge at K = 4 was
+about half of that at K = 1.
+
+A default is `SHARE` of the edge. What is missing from the half is for this and for a curvature that
+grows: in the noise of a long descent the weights take a random walk, which lets the curvature of a
+multilayer model rise, by far more than the gradient's own path would. So the trace in
+`CURVATURES` is that of the largest rate that trained (`benchmarks/learning_rates.py`) where it is
+above the one that `diagnostics.trace` finds along a descent.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from experiments import language, methods
+
+SHARE = 0.3
+"""Of the edge."""
+
+ADAM = 1e-3
+"""The rate of Adam with exact gradients (Kingma & Ba 2015)."""
+
+GRADIENT_NORM = 0.5
+"""Of the models below at the start, about."""
+
+
+class Curvature(NamedTuple):
+    """How a loss is curved, as far as learning rates go."""
+
+    trace: float  # of the Hessian
+    top: float  # its largest eigenvalue
+
+
+DIGITS = {
+    "softmax": Curvature(54, 4.4),
+    "mlp": Curvature(700, 4),
+    "mnist_cnn": Curvature(1000, 27),
+}
+"""On scikit-learn's digits, 8 x 8."""
+
+IMAGES = {
+    "softmax": Curvature(700, 60),
+    "mlp": Curvature(1500, 20),
+    "mnist_cnn": Curvature(4000, 30),
+    "fashion_cnn": Curvature(10_000, 30),
+    "lenet": Curvature(400, 30),
+}
+"""On Fashion-MNIST, 28 x 28; taken for all images but the digits."""
+
+SPREAD = 5.0
+"""Times the trace of the quadratic: its clients have minima of their own, whose noise stays where
+the gradient has vanished."""
+
+TEXTS = Curvature(26_400, 600)
+"""SmolLM2-135M on film reviews; taken for all language models."""
+
+
+def default(values: Mapping[str, Any]) -> float:
+    """Returns the learning rate of flags that give none, in two figures.
+
+    Args:
+      values: all other flags, as `config.resolve` fills them in.
+
+    >>> flags = {"task": "quadratic", "effective_rank": 12.0, "algorithm": "decomfl"}
+    >>> flags |= {"optimizer": "sgd", "momentum": 0.0, "num_perturbations": 4}
+    >>> default(flags)  # 0.3 · 2 / (1.25 + 5 · 12 / 4)
+    0.037
+    """
+    count = math.inf if values["algorithm"] in methods.FIRST_ORDER else values["num_perturbations"]
+    momentum = values["momentum"] if values["optimizer"] == "sgd" else 0.0
+    rate = SHARE * (1 - momentum) * edge(curvature(values), count, momentum)
+    if values["optimizer"] == "adam":
+        # A step of Adam has the length η √d, one of P directions η ‖g‖ √(d / P).
+        rate = ADAM if count == math.inf else rate * GRADIENT_NORM / math.sqrt(count)
+    return float(f"{rate:.1e}")
+
+
+def edge(curvature: Curvature, num_perturbations: float, momentum: float = 0.0) -> float:
+    """Returns the largest η / (1 − β) at which the loss falls on average, see above.
+
+    >>> round(edge(Curvature(trace=10.0, top=1.0), math.inf), 6)
+    2.0
+    """
+    along_top = (1 + 1 / num_perturbations) * curvature.top * (1 - momentum) / (1 + momentum)
+    return 2 / (along_top + curvature.trace / num_perturbations)
+
+
+def curvature(values: Mapping[str, Any]) -> Curvature:
+    """Returns the curvature that is reckoned with for a task and model."""
+    if values["task"] == "quadratic":
+        return Curvature(SPREAD * values["effective_rank"], 1.0)
+    if language.is_language_task(values["task"]):
+        return TEXTS
+    known = DIGITS if values["task"] == "digits" else IMAGES
+    return known.get(values["model"]) or IMAGES[values["model"]]
