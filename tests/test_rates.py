@@ -96,7 +96,7 @@ DEMO = ["--task=digits", "--rounds=60", "--local_steps=1"]
     ],
     ids=lambda change: change[0],
 )
-def test_the_demo_with_one_change_trains(change, quick_compile):
+def test_the_demo_with_one_change_trains(change):
     fixed = change[0].startswith("--algorithm")  # feedsign's own P is 1, fedavg has none
     values = resolve(*DEMO, *change, *([] if fixed else ["--num_perturbations=5"]))
     simulator = config.build(values).simulator
