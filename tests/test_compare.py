@@ -20,7 +20,7 @@ FIRST = [
     *("algorithm", "seed", "learning_rate", "rounds_to_target", "bytes_up", "bytes_down"),
     *("forward_passes", "backward_passes", "seconds", "best_accuracy"),
 ]
-WHOLE = {"best_test_accuracy": 1.0, "test_accuracy": 1.0, "rounds": 2, "memory_bytes": 8}
+OF_A_WHOLE_RUN = {"best_test_accuracy": 1.0, "test_accuracy": 1.0, "rounds": 2, "memory_bytes": 8}
 FLAGS = """
 --task=digits
 --local_steps=1
@@ -261,7 +261,7 @@ def test_the_figure_of_what_was_exchanged_leaves_out_the_first_model_in_one_pane
     figure = comparison.figures([run], {"m": 0.1}, [0.9], "m")["exchange.png"]
     assert [len(axes.lines[0].get_xdata()) for axes in figure.axes] == [2, 2, 0]
     assert comparison.cost_to(run, 0.9)["bytes_first_sync"] is None
-    table = comparison.rows([run._replace(summary=run.summary | WHOLE)], {"m": 0.1}, [0.9])
+    table = comparison.rows([run._replace(summary=run.summary | OF_A_WHOLE_RUN)], {"m": 0.1}, [0.9])
     cells = comparison.as_markdown(table, {}, "").splitlines()[-1].split("|")
     assert [cell.strip() for cell in cells[5:8]] == ["20 B", "240 B", "–"]
 

@@ -21,7 +21,7 @@ from zofl_jax.core import Phase, Task
 from zofl_jax.simulation import phase_at
 
 FOLDER = Path(config.__file__).parent / "flagfiles"
-COMPARISONS = {*FOLDER.glob("compare_*"), *FOLDER.glob("directions_*")}
+COMPARISONS = {f for f in FOLDER.glob("*.flags") if "\n--method=" in f.read_text()}
 FLAGFILES = sorted(set(FOLDER.glob("*.flags")) - COMPARISONS)
 DIM = 7  # odd, so that no Rademacher direction is orthogonal to the diagonal
 
