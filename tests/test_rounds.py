@@ -68,6 +68,16 @@ def expected_counts(cohorts: np.ndarray) -> tuple[list[int], list[int], list[flo
     return counts, last, means
 
 
+def assert_it_stopped_before(r, loop):
+    """Asserts that state, memory and count are those before round r."""
+    assert not loop.healthy
+    assert int(loop.done) == int(loop.state.round) == r
+    counts, last, means = expected_counts(np.asarray(loop.records.attendance.cohort)[:r])
+    assert loop.memory.rounds.tolist() == counts
+    assert loop.memory.last.tolist() == last
+    np.testing.assert_allclose(loop.state.params, sum(means), rtol=1e-6)
+
+
 def test_memory_is_each_client_s_own():
     loop = advance(counting(), 20)
     assert int(loop.done) == int(loop.state.round) == 20
@@ -85,13 +95,7 @@ def test_memory_is_each_client_s_own():
 
 def test_a_round_that_is_not_finite_leaves_no_trace():
     """State, memory and count are those before it."""
-    loop = advance(counting(fail_at=7), 20)
-    assert not loop.healthy
-    assert int(loop.done) == int(loop.state.round) == 7
-    counts, last, means = expected_counts(np.asarray(loop.records.attendance.cohort)[:7])
-    assert loop.memory.rounds.tolist() == counts
-    assert loop.memory.last.tolist() == last
-    np.testing.assert_allclose(loop.state.params, sum(means), rtol=1e-6)
+    assert_it_stopped_before(7, advance(counting(fail_at=7), 20))
 
 
 def test_a_round_without_a_finite_loss_leaves_no_trace():
@@ -102,13 +106,7 @@ def test_a_round_without_a_finite_loss_leaves_no_trace():
         result = algorithm.client(key, state, memory, batches, own_key)
         return result._replace(stats={"loss": jnp.where(state.round < 7, 0.0, jnp.nan)})
 
-    loop = advance(algorithm._replace(client=client), 20)
-    assert not loop.healthy
-    assert int(loop.done) == int(loop.state.round) == 7
-    counts, last, means = expected_counts(np.asarray(loop.records.attendance.cohort)[:7])
-    assert loop.memory.rounds.tolist() == counts
-    assert loop.memory.last.tolist() == last
-    np.testing.assert_allclose(loop.state.params, sum(means), rtol=1e-6)
+    assert_it_stopped_before(7, advance(algorithm._replace(client=client), 20))
 
 
 def test_each_client_is_given_the_round_s_key_and_one_of_its_own():
