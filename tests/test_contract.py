@@ -2,7 +2,6 @@
 
 import collections
 import functools
-from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -24,39 +23,20 @@ TRACES = {"client": 3, "aggregate": 3, "server": 1}
 """Of the functions in a run: one is compiled; clients and aggregation are traced twice more for
 shapes alone, of the messages and of a dispatch's records."""
 
-OPTIMIZED = {
-    "decomfl, local steps and momentum",
-    "decomfl, forward differences and Adam",
-    "hiso",
-    "fedkseed pro",
-    "feedsign, private",
-    "decomfl in bfloat16, stochastic",
-    "fedavg",
-    "scaffold",
-    "decomfl, private clients in a secure sum",
-}
-"""Methods whose runs keep their bits in the programs that users run, one of each kind; the others
-in programs compiled in half the time."""
+rows = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.xdist_group(f"contract of {name}")) for name in METHODS],
+)
+"""Every method; the tests of one share a process, and there its compiled rounds."""
 
 
-def methods(optimized: Collection[str] = ()) -> pytest.MarkDecorator:
-    """Returns the parameter `name`, every method; those of one method share a process."""
-    return pytest.mark.parametrize(
-        "name",
-        [
-            pytest.param(
-                name,
-                marks=[
-                    pytest.mark.xdist_group(f"contract of {name}"),
-                    *([pytest.mark.optimized] if name in optimized else []),
-                ],
-            )
-            for name in METHODS
-        ],
-    )
+def runs(check: Any) -> Any:
+    """Marks a check of every method's run, which is of the programs that users run.
 
-
-rows, runs = methods(), methods(OPTIMIZED)
+    They promise bits. Compiled without LLVM's optimisations, HiSo with local steps is replayed with
+    other last bits by jax 0.12.
+    """
+    return rows(pytest.mark.optimized(check))
 
 
 @functools.cache
