@@ -272,6 +272,8 @@ def _dot(eqn: jaxprs.Equation, x: Any, y: Any) -> list[Any] | None:
     (x_axes, y_axes), (x_batch, y_batch) = eqn.params["dimension_numbers"]
     if x_batch or y_batch or (is_value(x) and is_value(y)):
         return None
+    if eqn.params.get("out_sharding") is not None:  # which is the whole product's, not a factor's
+        return None
     params = {name: eqn.params[name] for name in ("precision", "preferred_element_type")}
     if not isinstance(y, LowRank):
         if not isinstance(x, LowRank):
