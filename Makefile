@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PYTEST := $(RUN) -m pytest -n auto --dist loadgroup
+PYTEST := $(RUN) -m pytest -n auto
 
 .PHONY: demo smollm2 reviews test quick check clean
 

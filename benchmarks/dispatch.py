@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     placement.use_cpu_devices(1)
     measuring.without_cache()
     simulator = demo()
-    rounds = 2 * EVAL_EVERY if options.smoke else ROUNDS
+    rounds, every = (10, 5) if options.smoke else (ROUNDS, EVAL_EVERY)
     whole, bare = measuring.by_turns(
         [
-            functools.partial(run, simulator, rounds),
-            functools.partial(bare_work, simulator, rounds),
+            functools.partial(run, simulator, rounds, every),
+            functools.partial(bare_work, simulator, rounds, every),
         ],
         options.repeats,
     )
@@ -75,26 +75,26 @@ def demo() -> simulation.Simulator:
     return simulation.make_simulator(algorithm, task, clients_per_round=5, batch_size=32)
 
 
-def run(simulator: simulation.Simulator, rounds: int) -> None:
+def run(simulator: simulation.Simulator, rounds: int, eval_every: int) -> None:
     """Runs the demo with its log, in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder, open_run(Path(folder) / "run", {}) as log:
         simulation.run(
             simulator,
             rounds=rounds,
-            eval_every=EVAL_EVERY,
+            eval_every=eval_every,
             on_rounds=functools.partial(recording.write_rounds, log),
             on_record=functools.partial(recording.write_record, log),
             reads_state=lambda done: False,
         )
 
 
-def bare_work(simulator: simulation.Simulator, rounds: int) -> None:
+def bare_work(simulator: simulation.Simulator, rounds: int, eval_every: int) -> None:
     """Does the same rounds and as many evaluations."""
     state, memory, *_ = simulator.start(None)
     for done in range(0, rounds, simulator.capacities[0]):
         n = min(simulator.capacities[0], rounds - done)
         state, memory, _ = simulator.advance(state, memory, n)
-    for _ in range(rounds // EVAL_EVERY):
+    for _ in range(rounds // eval_every):
         simulator.evaluate(state.params)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import programs
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,7 +130,7 @@ class Commands:
       folder: where the commands run.
       cache: the folder for what they compile.
       processes: those for commands in turn.
-      quick: compile without LLVM's optimisations, in half the time.
+      quick: compile as the tests do, in half the time.
     """
 
     def __init__(self, folder: Path, cache: Path, processes: Processes | None = None, quick=False):
@@ -143,6 +144,8 @@ class Commands:
             "MPLCONFIGDIR": matplotlib.get_cachedir(),  # where the list of fonts is
         }
         self.environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        if not quick:
+            self.environment["XLA_FLAGS"] = programs.users_flags()
         self._processes = processes
 
     def start(self, *command):

@@ -1,13 +1,16 @@
 """What all tests share."""
 
 import contextlib
+import gc
 import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grouping
 import jax
+import programs
 import pytest
 from commands import Commands, Processes
 
@@ -24,6 +27,9 @@ def cache_folder() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    programs.compile_quickly()
+    # Tracing makes many objects and no garbage: collected as seldom, that takes a twentieth less.
+    gc.set_threshold(100_000, 20, 20)
     # Most of the suite's time is compilation: a second run takes it from here.
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
@@ -33,19 +39,18 @@ def pytest_configure(config: pytest.Config) -> None:
         "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache entry"
     )
     config.addinivalue_line(
-        "markers", "optimized: the test is of the programs that users run, with all optimisations"
-    )
-    config.addinivalue_line(
-        "markers", "xdist_group(name): tests of a group run in one process and share what it holds"
+        "markers", "optimized: the test is of programs with all of LLVM's optimisations"
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lets the tests of a file share a process, unless they are of a group of their own."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    grouping.long_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return grouping.make_scheduler(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -55,7 +60,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     Those promise bits, measure time or use threefry4x32: unoptimised, XLA's fusion of that
     generator recomputes without end.
     """
-    quick = item.get_closest_marker("optimized") is None
+    quick = not programs.AS_USERS_RUN_THEM and item.get_closest_marker("optimized") is None
     jax.config.update("jax_disable_most_optimizations", quick)
     try:
         return (yield)

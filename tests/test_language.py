@@ -164,33 +164,25 @@ def test_only_trained_leaves_are_params():
 FEW = "mlp/down|attention/v"  # which compile in half the time
 
 
-@pytest.mark.parametrize(
-    ("estimator", "pattern", "rate"),
-    [
-        ("forward", "mlp|attention", 3e-3),
-        ("projection", FEW, 1.2e-2),
-        ("forward_gradient", FEW, 1.2e-2),
-    ],
-    ids=["forward", "projection", "forward_gradient"],
-)
-def test_adapters_learn_and_the_scalars_alone_rebuild_them(estimator, pattern, rate):
-    model = language.adapt(*tiny_texts.model(), lora_rank=4, lora_pattern=pattern, key=KEY)
+@pytest.mark.parametrize("estimator", ["forward", "projection", "forward_gradient"])
+def test_adapters_learn_and_the_scalars_alone_rebuild_them(estimator):
+    model = language.adapt(*tiny_texts.model(), lora_rank=4, lora_pattern=FEW, key=KEY)
     built = classes(model)
     chosen = {
-        "forward": lambda: estimators.forward_difference(8, 1e-3),
-        "projection": lambda: estimators.projection(8),
-        "forward_gradient": lambda: estimators.forward_gradient(8),
+        "forward": lambda: estimators.forward_difference(4, 1e-3),
+        "projection": lambda: estimators.projection(4),
+        "forward_gradient": lambda: estimators.forward_gradient(4),
     }[estimator]()
-    algorithm = decomfl(built.task.loss, chosen, optax.sgd(rate, momentum=0.9), local_steps=2)
+    algorithm = decomfl(built.task.loss, chosen, optax.sgd(1.2e-2, momentum=0.9), local_steps=2)
     simulator = simulation.make_simulator(
         algorithm, built.task, clients_per_round=4, batch_size=16, eval_batch_size=8
     )
     traces = []
     before = simulator.evaluate(model.trainable)
     progress = simulation.run(
-        simulator, rounds=120, eval_every=120, on_rounds=lambda trace, *_: traces.append(trace)
+        simulator, rounds=60, eval_every=60, on_rounds=lambda trace, *_: traces.append(trace)
     )
-    assert progress.history[-1].metrics["loss"] < before["loss"] - 0.1
+    assert progress.history[-1].metrics["loss"] < before["loss"] - 0.05
     state = simulator.start(None).state
     for trace in traces:
         state = simulator.replay(state, trace.seeds, trace.broadcasts)
