@@ -198,7 +198,7 @@ def _tensors(folder: str, named: str | None) -> dict[str, safetensors_files.Tens
     """Returns the tensors of the file or the shards that hold the weights, by name."""
     present = [name for name in (_WEIGHTS, _INDEX) if os.path.isfile(os.path.join(folder, name))]
     if named is not None:
-        if os.path.basename(named) != named or not os.path.isfile(os.path.join(folder, named)):
+        if named not in os.listdir(folder):
             raise ValueError(
                 f"config.json names {named!r} as its weights (transformers_weights), which is no "
                 f"file in {folder}: fetch it, or remove the key"
