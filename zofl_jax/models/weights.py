@@ -25,7 +25,6 @@ from zofl_jax.models.architectures import Config
 from zofl_jax.models.tokenizers import Tokenizer, check_vocabulary, from_folder, from_gguf
 
 _SUFFIXES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-_NAMED_IN_ERRORS = 5  # tensors
 
 
 class StoredTensor(Protocol):
@@ -90,8 +89,11 @@ def save_hf(
 ) -> None:
     """Writes a Hugging Face folder, which `load` and transformers read.
 
+    What an older model in the folder leaves is replaced; see `weights_hf.save_folder`.
+
     Raises:
-      ValueError: if the params aren't those of `config`, such as adapters that aren't merged.
+      ValueError: if the params aren't those of `config`, such as adapters that aren't merged;
+        for a configuration that the family's `config.json` cannot describe.
     """
     leaves = _flatten(params)
     expected = _flatten(transformer.shapes(config))
@@ -99,8 +101,8 @@ def save_hf(
     odd += [p for p in leaves if p in expected and leaves[p].shape != expected[p].shape]
     if odd:
         raise ValueError(
-            f"params do not fit the configuration at {_some(odd)}: merge adapters first, and pass "
-            "the configuration the params were made with"
+            f"params do not fit the configuration at {weights_hf.some(odd)}: merge adapters first, "
+            "and pass the configuration the params were made with"
         )
 
     def stored(slot: Slot) -> np.ndarray:
@@ -111,9 +113,8 @@ def save_hf(
     slots = {slot.name: slot for slot in _slots(config, weights_hf.module_names(config))}
     specs = {name: (slot.shape, leaves[slot.path].dtype) for name, slot in slots.items()}
     config = dataclasses.replace(config, param_dtype=jax.tree.leaves(params)[0].dtype.name)
-    weights_hf.save_folder(folder, config, specs, lambda name: stored(slots[name]))
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    save_tokenizer = None if tokenizer is None else tokenizer.save
+    weights_hf.save_folder(folder, config, specs, lambda name: stored(slots[name]), save_tokenizer)
 
 
 def _fill(
@@ -162,18 +163,12 @@ def _slots(config: Config, modules: Mapping[str, str]) -> Iterator[Slot]:
 
 def _check_names(expected: set[str], found: set[str]) -> None:
     missing, unexpected = sorted(expected - found), sorted(found - expected)
-    problems = [f"lack {_some(missing)}"] if missing else []
-    problems += [f"hold the unexpected {_some(unexpected)}"] if unexpected else []
+    problems = [f"lack {weights_hf.some(missing)}"] if missing else []
+    problems += [f"hold the unexpected {weights_hf.some(unexpected)}"] if unexpected else []
     if problems:
         raise ValueError(
             f"the weights {' and '.join(problems)}: they are not those of this architecture"
         )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMED_IN_ERRORS])
-    more = len(names) - _NAMED_IN_ERRORS
-    return shown + (f" and {more} more" if more > 0 else "")
 
 
 def _flatten(tree: Params) -> dict[str, Any]:

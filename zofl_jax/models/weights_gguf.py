@@ -1,6 +1,7 @@
 """GGUF files of the Llama family: metadata, tensor names, dequantised tensors.
 
 Read through PyPI's `gguf`. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+A key of the architecture that may change what the model computes and isn't used is refused.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zofl_jax.models import blocks
+from zofl_jax.models import blocks, config_keys
 from zofl_jax.models.architectures import Config, RopeScaling
 
 try:
@@ -38,6 +39,44 @@ MODULES = {
     "head": "output",
 }
 """The module that each of our paths has in GGUF; "{}" is the layer."""
+
+_USED = (
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "context_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scale_linear",
+)
+_HARMLESS = (
+    "vocab_size",  # the embedding table says
+    "tensor_data_layout",
+    "pooling_type",  # of embeddings
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",  # of scalings that are refused
+)
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.scale": (0,),  # 1 / √head_dim
+    "attention.sliding_window": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "nextn_predict_layers": (0,),
+    "use_parallel_residual": (False,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "rope.scale": (1,),
+    "rope.scaling.attn_factor": (1,),
+}
 
 _FREQUENCY_DIVISORS = "rope_freqs.weight"
 _NOPE_INTERVAL = 4  # SmolLM3's; the format has no key for it
@@ -83,8 +122,9 @@ def open_file(path: str) -> tuple[Config, dict[str, Tensor], dict[str, Any]]:
     """Returns the configuration, the tensors by name and the tokenizer's metadata of a file.
 
     Raises:
-      ValueError: if it isn't a GGUF file, or for an architecture or a rotary scaling that
-        isn't supported.
+      ValueError: if it isn't a GGUF file or is one part of several; for an architecture or a
+        rotary scaling that isn't supported; for keys of the architecture that may change what
+        the model computes.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path} is not a file: pass gguf:PATH of a GGUF file")
@@ -97,10 +137,13 @@ def open_file(path: str) -> tuple[Config, dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"GGUF architecture {family!r} is not supported: use one of {', '.join(FAMILIES)}"
         )
+    _check_whole(path, reader)
     shapes = {t.name: tuple(int(n) for n in t.shape[::-1]) for t in reader.tensors}
     config = _config(family, lambda key: _value(reader, key), shapes)
+    _check_keys(reader, config)
     tensors = {t.name: _tensor(path, config, t) for t in reader.tensors}
-    divisors = tensors.pop(_FREQUENCY_DIVISORS, None)
+    # other families turn without them in llama.cpp too
+    divisors = tensors.pop(_FREQUENCY_DIVISORS, None) if family == "llama" else None
     if divisors is not None:
         scaling = _llama3_scaling(config, divisors.read())
         config = dataclasses.replace(config, rope_scaling=scaling)
@@ -113,14 +156,21 @@ def _config(family: str, get: Any, shapes: Mapping[str, tuple[int, ...]]) -> Con
         found = get(f"{family}.{name}")
         if found is None and default is None:
             raise ValueError(f"the GGUF metadata lack {family}.{name}: convert the model again")
+        if isinstance(found, list) and found:  # one number for each layer
+            if len(set(found)) > 1:
+                raise ValueError(f"{family}.{name} = {found} is not supported: layers differ")
+            found = found[0]
         return default if found is None else found
 
     width, heads, layers = (
         value(name) for name in ("embedding_length", "attention.head_count", "block_count")
     )
-    scaling = get(f"{family}.rope.scaling.type")
-    if scaling not in (None, "none"):
-        raise ValueError(f"GGUF rotary scaling {scaling!r} is not supported: use a model without")
+    scaling = value("rope.scaling.type", "linear")
+    factor = value("rope.scaling.factor", value("rope.scale_linear", 1.0))
+    if scaling not in ("none", "linear") or (scaling == "linear" and factor not in (0.0, 1.0)):
+        raise ValueError(
+            f"GGUF rotary scaling {scaling!r} by {factor} is not supported: use a model without"
+        )
     if "token_embd.weight" not in shapes:
         raise ValueError("the GGUF file lacks the tensor token_embd.weight: convert it again")
     eos = get("tokenizer.ggml.eos_token_id")
@@ -150,6 +200,33 @@ def _config(family: str, get: Any, shapes: Mapping[str, tuple[int, ...]]) -> Con
         eos_ids=() if eos is None else (eos,),
         pad_id=get("tokenizer.ggml.padding_token_id"),
     )
+
+
+def _check_whole(path: str, reader: gguf.GGUFReader) -> None:
+    kind, parts = _value(reader, "general.type"), _value(reader, "split.count")
+    if kind not in (None, "model"):
+        raise ValueError(f"{path} holds no model (general.type = {kind!r}): pass the model's file")
+    if parts is not None and parts > 1:
+        raise ValueError(
+            f"{path} is one of {parts} parts of a model: join them with llama.cpp's "
+            "llama-gguf-split --merge, and pass the whole"
+        )
+
+
+def _check_keys(reader: gguf.GGUFReader, config: Config) -> None:
+    prefix = f"{config.family}."
+    fields = {
+        key.removeprefix(prefix): _value(reader, key)
+        for key in reader.fields
+        if key.startswith(prefix)
+    }
+    sizes = {
+        "attention.value_length": (config.head_dim,),
+        "rope.dimension_count": (config.head_dim,),
+        "embedding_length_out": (config.width,),
+    }
+    where = f"the metadata of this {config.family} GGUF"
+    config_keys.check_rest(where, fields, {*_USED, *_HARMLESS}, _NEUTRAL | sizes)
 
 
 def _tensor(path: str, config: Config, tensor: gguf.ReaderTensor) -> Tensor:

@@ -1,20 +1,27 @@
-"""Hugging Face folders: `config.json`, tensor names, safetensors.
+"""Hugging Face folders: which files hold the weights, what the tensors are called there.
 
-Torch's own checkpoints (`pytorch_model.bin`) are pickles and are not read.
+A folder means what it means to transformers 5: `model.safetensors`, else the shards that
+`model.safetensors.index.json` lists, unless `transformers_weights` in `config.json` names another
+file. Torch's own checkpoints (`pytorch_model.bin`) are pickles and are not read, nor are adapters
+beside the weights, which transformers would add to them.
 """
 
+import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from zofl_jax.models import safetensors_files
-from zofl_jax.models.architectures import FAMILIES, Config, RopeScaling, check_family
+from zofl_jax.models.architectures import Config
+from zofl_jax.models.config_hf import config_from_fields, config_to_fields
 
 FILES: tuple[str, ...] = (
     "config.json",
+    "adapter_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
     "tokenizer*.json",
@@ -24,7 +31,12 @@ FILES: tuple[str, ...] = (
 )
 """What `download` fetches."""
 
-_CLASSES = dict(zip(FAMILIES, ("OPT", "Llama", "Qwen2", "Qwen3", "SmolLM3"), strict=True))
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_IGNORED = ("rotary_emb.inv_freq", "decoder.version")  # what old files keep beside the weights
+_NAMED_IN_ERRORS = 5  # tensors
 
 _OPT_MODULES = {
     "embed/tokens": "model.decoder.embed_tokens",
@@ -68,25 +80,30 @@ def module_names(config: Config) -> Mapping[str, str]:
 def open_folder(folder: str) -> tuple[Config, dict[str, safetensors_files.Tensor]]:
     """Returns the configuration and the tensors, by name, of a Hugging Face folder.
 
+    A head that differs from the embedding table isn't tied to it, whatever `config.json` says,
+    and of two that should be tied one is enough: as in transformers.
+
     Raises:
-      ValueError: if there is no `config.json` or no safetensors, or a shard is missing.
+      ValueError: if there is no `config.json` or no safetensors, or a shard is missing; if the
+        index and the shards differ; for adapters beside the weights; for what
+        `config_from_fields` refuses.
     """
     path = os.path.join(folder, "config.json")
+    _check_whole(folder)
     if not os.path.isfile(path):
-        raise ValueError(f"{folder} holds no config.json: pass a Hugging Face model folder")
+        raise ValueError(
+            f"{folder} holds no config.json: pass a Hugging Face model folder, and save the model "
+            "again if saving was cut short"
+        )
     with open(path) as file:
-        config = config_from_fields(json.load(file))
-    found: dict[str, safetensors_files.Tensor] = {}
-    for shard in _shards(folder):
-        found |= safetensors_files.tensors(os.path.join(folder, shard))
+        fields = json.load(file)
+    config = config_from_fields(fields)
+    found = _tensors(folder, fields.get("transformers_weights"))
     if not any(name.startswith("model.") for name in found):  # saved without the head
         found = {
             name if name == "lm_head.weight" else f"model.{name}": found[name] for name in found
         }
-    if config.tied:
-        found.pop("lm_head.weight", None)  # some files repeat the embedding table
-    # rotary frequencies that old files keep beside the weights
-    return config, {name: t for name, t in found.items() if not name.endswith("inv_freq")}
+    return _tie(config, found)
 
 
 def save_folder(
@@ -94,19 +111,40 @@ def save_folder(
     config: Config,
     specs: Mapping[str, tuple[tuple[int, ...], Any]],
     read: Callable[[str], np.ndarray],
+    save_tokenizer: Callable[[str], None] | None = None,
 ) -> None:
-    """Writes `config.json` and `model.safetensors`.
+    """Writes `config.json`, `model.safetensors` and what `save_tokenizer` writes.
+
+    The shards of an older model in the folder go with their index, as when transformers saves.
+    The weights are written beside the old ones first. While files change places there is no
+    `config.json`, so what a kill leaves then is refused, and is never a mixture of two models.
 
     Args:
       folder: made if it doesn't exist.
       config: the model.
       specs: name -> (shape, dtype) of each tensor.
       read: name -> tensor; called once for each, in order.
+      save_tokenizer: writes a tokenizer into the folder it is given.
+
+    Raises:
+      ValueError: if the folder holds an adapter or a distributed checkpoint, which transformers
+        would load instead; for what `config_to_fields` refuses.
     """
+    fields = config_to_fields(config)
+    _check_whole(folder)
     os.makedirs(folder, exist_ok=True)
-    safetensors_files.write(os.path.join(folder, "model.safetensors"), specs, read)
-    with open(os.path.join(folder, "config.json"), "w") as file:
-        json.dump(config_to_fields(config), file, indent=2)
+    weights, settings = (os.path.join(folder, name) for name in (_WEIGHTS, "config.json"))
+    safetensors_files.write(f"{weights}.new", specs, read)
+    with open(f"{settings}.new", "w") as file:
+        json.dump(fields, file, indent=2)
+    _remove(settings)
+    os.replace(f"{weights}.new", weights)
+    _remove(os.path.join(folder, _INDEX))
+    for name in filter(_SHARD.fullmatch, os.listdir(folder)):
+        _remove(os.path.join(folder, name))
+    if save_tokenizer is not None:
+        save_tokenizer(folder)
+    os.replace(f"{settings}.new", settings)
 
 
 def download(name: str) -> str:
@@ -135,172 +173,97 @@ def download(name: str) -> str:
         ) from error
 
 
-def config_from_fields(fields: Mapping[str, Any]) -> Config:
-    """Returns the configuration described by a Hugging Face `config.json`.
-
-    Raises:
-      ValueError: for an unknown architecture, a missing field, or a variant that is not
-        implemented (sliding windows, other rotary scalings than Llama 3's).
-    """
-    family = fields.get("model_type", "missing")
-    check_family(family)
-    try:
-        parts = _opt_parts(fields) if family == "opt" else _llama_parts(family, fields)
-        eos = fields.get("eos_token_id")
-        return Config(
-            family=family,
-            vocab_size=fields["vocab_size"],
-            width=fields["hidden_size"],
-            num_layers=fields["num_hidden_layers"],
-            num_heads=fields["num_attention_heads"],
-            max_positions=fields["max_position_embeddings"],
-            tied=fields.get("tie_word_embeddings", family in ("opt", "smollm3")),
-            bos_id=fields.get("bos_token_id"),
-            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            pad_id=fields.get("pad_token_id"),
-            **parts,
-        )
-    except KeyError as error:
-        raise ValueError(f"config.json of a {family} model lacks {error}: complete it") from error
+def some(names: Sequence[str]) -> str:
+    """Returns the first few names as an error lists them, and how many more there are."""
+    shown = ", ".join(names[:_NAMED_IN_ERRORS])
+    more = len(names) - _NAMED_IN_ERRORS
+    return shown + (f" and {more} more" if more > 0 else "")
 
 
-def config_to_fields(config: Config) -> dict[str, Any]:
-    """Returns the fields of a Hugging Face `config.json`; the inverse of `config_from_fields`."""
-    eos: Any = list(config.eos_ids) if len(config.eos_ids) > 1 else None
-    fields: dict[str, Any] = {
-        "model_type": config.family,
-        "architectures": [f"{_CLASSES[config.family]}ForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tied,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": eos or next(iter(config.eos_ids), None),
-        "pad_token_id": config.pad_id,
-        "torch_dtype": config.param_dtype,
-    }
-    if config.family == "opt":
-        return fields | {
-            "ffn_dim": config.mlp_width,
-            "word_embed_proj_dim": config.embed_width or config.width,
-            "do_layer_norm_before": config.pre_norm,
-            "_remove_final_layer_norm": config.pre_norm and not config.final_norm,
-            "activation_function": config.activation,
-            "enable_bias": config.mlp_bias,
-        }
-    fields |= {
-        "intermediate_size": config.mlp_width,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": config.activation,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_scaling_fields(config.rope_scaling),
-    }
-    if config.family in ("llama", "qwen3", "smollm3"):
-        fields["attention_bias"] = config.qkv_bias
-    if config.family in ("llama", "smollm3"):
-        fields["mlp_bias"] = config.mlp_bias
-    if config.family == "smollm3":
-        fields["no_rope_layers"] = [int(r) for r in config.rope_layers or [1] * config.num_layers]
-    return fields
-
-
-def _shards(folder: str) -> list[str]:
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if os.path.isfile(index):
-        with open(index) as file:
-            shards = sorted(set(json.load(file)["weight_map"].values()))
-        missing = [s for s in shards if not os.path.isfile(os.path.join(folder, s))]
-        if missing:
-            raise ValueError(f"{folder} lacks {', '.join(missing)}: fetch all shards")
-        return shards
-    if os.path.isfile(os.path.join(folder, "model.safetensors")):
-        return ["model.safetensors"]
-    if any(name.endswith(".bin") for name in os.listdir(folder)):
+def _check_whole(folder: str) -> None:
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    if "adapter_config.json" in names and "config.json" in names:
         raise ValueError(
-            f"{folder} holds torch .bin weights only, which are not read: save it once more with "
-            "transformers' save_pretrained, or download a revision with safetensors"
+            f"{folder} holds an adapter (adapter_config.json) beside a model: merge it into the "
+            "weights, or move it to a folder of its own"
         )
-    raise ValueError(f"{folder} holds no model.safetensors: pass a Hugging Face model folder")
+    if any(_DISTRIBUTED.fullmatch(name) for name in names):
+        raise ValueError(
+            f"{folder} holds a distributed checkpoint (shard-*.safetensors): save it as one model "
+            "with transformers' save_pretrained, in another folder"
+        )
 
 
-def _opt_parts(fields: Mapping[str, Any]) -> dict[str, Any]:
-    if not fields.get("layer_norm_elementwise_affine", True):
-        raise ValueError("layer_norm_elementwise_affine=false is not supported: norms need weights")
-    width, heads = fields["hidden_size"], fields["num_attention_heads"]
-    embed_width = fields.get("word_embed_proj_dim") or width
-    pre_norm = fields.get("do_layer_norm_before", True)
-    bias = fields.get("enable_bias", True)
-    return {
-        "mlp_width": fields["ffn_dim"],
-        "num_kv_heads": heads,
-        "head_dim": width // heads,
-        "embed_width": None if embed_width == width else embed_width,
-        "activation": fields.get("activation_function", "relu"),
-        "pre_norm": pre_norm,
-        "final_norm": pre_norm and not fields.get("_remove_final_layer_norm", False),
-        "qkv_bias": bias,
-        "out_bias": bias,
-        "mlp_bias": bias,
+def _tensors(folder: str, named: str | None) -> dict[str, safetensors_files.Tensor]:
+    """Returns the tensors of the file or the shards that hold the weights, by name."""
+    present = [name for name in (_WEIGHTS, _INDEX) if os.path.isfile(os.path.join(folder, name))]
+    if named is not None:
+        if named not in os.listdir(folder):
+            raise ValueError(
+                f"config.json names {named!r} as its weights (transformers_weights), which is no "
+                f"file in {folder}: fetch it, or remove the key"
+            )
+        present = [named]
+    if not present:
+        names = os.listdir(folder)
+        if any(name.endswith(".bin") for name in names):
+            raise ValueError(
+                f"{folder} holds torch .bin weights only, which are not read: save it once more "
+                "with transformers' save_pretrained, or download a revision with safetensors"
+            )
+        others = sorted(name for name in names if name.endswith(".safetensors"))
+        raise ValueError(
+            f"{folder} holds no {_WEIGHTS}{f', only {some(others)}' if others else ''}: pass a "
+            "Hugging Face model folder"
+        )
+    path = os.path.join(folder, present[0])
+    found = safetensors_files.tensors(path) if path.endswith(".safetensors") else _sharded(path)
+    return {name: t for name, t in found.items() if not name.endswith(_IGNORED)}
+
+
+def _sharded(index: str) -> dict[str, safetensors_files.Tensor]:
+    """Returns the tensors of all shards, which the index must list as they are."""
+    with open(index) as file:
+        places = json.load(file).get("weight_map")
+    if not isinstance(places, dict):
+        raise ValueError(f"{index} has no weight_map: fetch it again")
+    folder = os.path.dirname(index)
+    shards = sorted(set(places.values()))
+    missing = [name for name in shards if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}: fetch all shards")
+    held = {
+        (name, shard): tensor
+        for shard in shards
+        for name, tensor in safetensors_files.tensors(os.path.join(folder, shard)).items()
     }
+    odd = sorted({name for name, _ in held.keys() ^ places.items()})
+    odd = [name for name in odd if not name.endswith(_IGNORED)]
+    if odd:
+        raise ValueError(
+            f"{index} and the shards do not agree where {some(odd)} lies: fetch all files of one "
+            "revision"
+        )
+    return {name: tensor for (name, _), tensor in held.items()}
 
 
-def _llama_parts(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    if fields.get("use_sliding_window"):
-        raise ValueError("use_sliding_window=true is not supported: load a model without it")
-    width, heads, layers = (
-        fields[k] for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    )
-    attention_bias = fields.get("attention_bias", False)
-    theta, scaling = _rope(fields)
-    rope_layers = None
-    if family == "smollm3":
-        interval = fields.get("no_rope_layer_interval", 4)
-        rope = fields.get("no_rope_layers") or [(i + 1) % interval for i in range(layers)]
-        rope_layers = tuple(bool(r) for r in rope[:layers])
-    return {
-        "mlp_width": fields["intermediate_size"],
-        "num_kv_heads": fields.get("num_key_value_heads") or heads,
-        "head_dim": fields.get("head_dim") or (128 if family == "qwen3" else width // heads),
-        "activation": fields.get("hidden_act", "silu"),
-        "norm_eps": fields.get("rms_norm_eps", 1e-6),
-        "qkv_bias": family == "qwen2" or attention_bias,
-        "out_bias": family != "qwen2" and attention_bias,
-        "mlp_bias": fields.get("mlp_bias", False),
-        "qk_norm": family == "qwen3",
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "rope_layers": rope_layers,
-    }
+def _tie(
+    config: Config, found: dict[str, safetensors_files.Tensor]
+) -> tuple[Config, dict[str, safetensors_files.Tensor]]:
+    """Returns a model whose head is tied where its tensors allow it."""
+    if not config.tied or "lm_head.weight" not in found:
+        return config, found
+    table = f"{module_names(config)['embed/tokens']}.weight"
+    if table in found and not _equal(found[table], found["lm_head.weight"]):
+        return dataclasses.replace(config, tied=False), found
+    head = found.pop("lm_head.weight")
+    return config, {table: head} | found
 
 
-def _rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ValueError(f"rotary scaling {kind!r} is not supported: use default or llama3")
-    return theta, RopeScaling(
-        rope["factor"],
-        rope["low_freq_factor"],
-        rope["high_freq_factor"],
-        rope["original_max_position_embeddings"],
-    )
+def _equal(a: safetensors_files.Tensor, b: safetensors_files.Tensor) -> bool:
+    return a.shape == b.shape and np.array_equal(a.read(), b.read())
 
 
-def _rope_scaling_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_positions,
-    }
+def _remove(path: str) -> None:
+    if os.path.lexists(path):
+        os.remove(path)
