@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from method_table import METHODS, VARIANTS
 from tiny_simulations import assert_same_bits, copy, joined
@@ -28,11 +29,13 @@ OPTIMIZED = (
     "decomfl, private examples",
     "hiso, local steps, the last one's curvature",
     "hiso, the first local step's curvature",
+    "hiso, all local steps' curvature",
     "hiso, low-rank directions and local steps",
     "low-rank directions, local steps and momentum",
 )
-"""Rows whose bits are promised for LLVM's optimisations alone, as users have them: without, the
-local steps of the rounds and of the replay may differ in their last bits."""
+"""Rows of local steps, compiled with LLVM's optimisations, as users have them, to see that they are
+replayed to the same bits. Without, rounds and replay may differ in the last bits of a number
+(programs.py), so the other rows' replay is close here, and exact in CI's run of users' programs."""
 
 
 def each(table: dict[str, Any]) -> Any:
@@ -168,11 +171,19 @@ def test_it_resumes_to_the_same_bits(name, tmp_path):
 
 
 @rows
-def test_it_replays_to_the_same_bits(name):
+def test_it_is_replayed(name):
     """From the initial params, the seeds and the broadcasts alone."""
     run = ran(name)
     replayed = run.simulator.replay(run.initial[0], run.trace.seeds, run.trace.broadcasts)
-    assert_same_bits(copy(replayed), run.final[0])
+    assert_replayed(name, copy(replayed), run.final[0])
+
+
+def assert_replayed(name: str, actual: Any, expected: Any) -> None:
+    """Bit by bit where the programs are those that users have."""
+    if name in OPTIMIZED or programs.AS_USERS_RUN_THEM:
+        assert_same_bits(actual, expected)
+    else:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), actual, expected)
 
 
 @rows
@@ -240,7 +251,7 @@ def test_a_variant_keeps_the_contract_on_a_quadratic(name):
     final = copy(state)
     assert jax.tree.map(jax.typeof, final) == jax.tree.map(jax.typeof, initial)
     trace = joined(traces)
-    assert_same_bits(copy(simulator.replay(initial, trace.seeds, trace.broadcasts)), final)
+    assert_replayed(name, copy(simulator.replay(initial, trace.seeds, trace.broadcasts)), final)
     before, after = (float(task.loss(s.params, task.test)) for s in (initial, final))
     assert after - problem.minimum < 0.5 * (before - problem.minimum)
 

@@ -164,29 +164,44 @@ def test_only_trained_leaves_are_params():
 FEW = "mlp/down|attention/v"  # which compile in half the time
 
 
-@pytest.mark.parametrize("estimator", ["forward", "projection", "forward_gradient"])
-def test_adapters_learn_and_the_scalars_alone_rebuild_them(estimator):
+@pytest.mark.parametrize(
+    ("estimator", "local_steps"),
+    [
+        # Bits are promised for the programs that users run.
+        pytest.param("forward", 2, marks=pytest.mark.optimized),
+        ("projection", 1),
+        ("forward_gradient", 1),
+    ],
+)
+def test_adapters_learn_and_the_scalars_alone_rebuild_them(estimator, local_steps):
     model = language.adapt(*tiny_texts.model(), lora_rank=4, lora_pattern=FEW, key=KEY)
     built = classes(model)
     chosen = {
         "forward": lambda: estimators.forward_difference(4, 1e-3),
         "projection": lambda: estimators.projection(4),
-        "forward_gradient": lambda: estimators.forward_gradient(4),
+        "forward_gradient": lambda: estimators.forward_gradient(8),
     }[estimator]()
-    algorithm = decomfl(built.task.loss, chosen, optax.sgd(1.2e-2, momentum=0.9), local_steps=2)
+    optimizer = optax.sgd(1.2e-2, momentum=0.9)
+    algorithm = decomfl(built.task.loss, chosen, optimizer, local_steps=local_steps)
     simulator = simulation.make_simulator(
         algorithm, built.task, clients_per_round=4, batch_size=16, eval_batch_size=8
     )
-    traces = []
+    traces, rounds = [], 120 // local_steps
     before = simulator.evaluate(model.trainable)
     progress = simulation.run(
-        simulator, rounds=60, eval_every=60, on_rounds=lambda trace, *_: traces.append(trace)
+        simulator,
+        rounds=rounds,
+        eval_every=rounds,
+        on_rounds=lambda trace, *_: traces.append(trace),
     )
-    assert progress.history[-1].metrics["loss"] < before["loss"] - 0.05
+    assert progress.history[-1].metrics["loss"] < before["loss"] - 0.03
     state = simulator.start(None).state
     for trace in traces:
         state = simulator.replay(state, trace.seeds, trace.broadcasts)
-    jax.tree.map(np.testing.assert_array_equal, state.params, progress.state.params)
+    same = {1: functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)}.get(
+        local_steps, np.testing.assert_array_equal
+    )
+    jax.tree.map(same, state.params, progress.state.params)
     assert simulator.sizes[0].params == sum(x.nbytes for x in jax.tree.leaves(model.trainable))
 
 

@@ -244,6 +244,7 @@ def test_linear_optimizers_are_told_apart(optimizer, linear):
     assert local_models.is_linear(optimizer, network_params()) is linear
 
 
+@pytest.mark.optimized
 def test_a_resumed_and_a_replayed_run_have_the_same_bits():
     def simulator():
         return test_oracle.make_softmax_simulator(
