@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from zofl_jax import aggregation, attacks, keys, ledger, participation, privacy, staleness
+from zofl_jax import (
+    aggregation,
+    attacks,
+    fingerprints,
+    keys,
+    ledger,
+    participation,
+    privacy,
+    staleness,
+)
 from zofl_jax.core import Algorithm, Task
 from zofl_jax.estimators import Estimator
 from zofl_jax.rounds import Conditions
@@ -442,6 +451,12 @@ def _availability(values: Values) -> tuple[int, float] | np.ndarray | None:
         ) from None
     participation.day_and_night(1, *found)
     return found
+
+
+def inputs(values: Values) -> fingerprints.Fingerprints:
+    """Returns the fingerprint of the file that `--availability` names, if it names one."""
+    trace = _availability(values)
+    return {"availability": fingerprints.array(trace)} if isinstance(trace, np.ndarray) else {}
 
 
 def _num_classes(task: Task) -> int:

@@ -226,6 +226,41 @@ def test_evaluation_and_export_refuse(trained, commands):
         assert ended.err.startswith("error: ") and message in ended.err
 
 
+def test_a_run_knows_its_data_and_its_base_model(trained, commands):
+    """Of a complete run, of one that goes on, and of one that is read."""
+    folder = commands.folder
+    table, weights_file = folder / "train_and_test.tsv", folder / "model" / "model.safetensors"
+    train = ("train", *SHARED, "--model=hf:model", *ADAPTERS)
+    noted = json.loads((trained[0] / "inputs.json").read_text())
+    assert {"partition", "training column 'mood'", "tokenizer's vocabulary"} <= set(noted)
+    for path, change, name, several in (
+        (
+            table,
+            lambda data: data.replace(b"\tpositive", b"\tnegative", 1),
+            "column 'mood'",
+            (train, (*train, "--rounds=70")),
+        ),
+        (
+            weights_file,
+            lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+            "base model's weights",
+            (("evaluate", "--workdir=adapted", "--shots=1"),),
+        ),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(change(whole))
+        for command in several:
+            ended = commands.in_turn(*command)
+            assert ended.code == 1, command
+            assert ended.err.count("\n") == 1 and ended.out == "", command
+            assert name in ended.err and "changed since the run in adapted began: " in ended.err
+        path.write_bytes(whole)
+    (trained[0] / "inputs.json").unlink()  # as before this release
+    ended = commands.in_turn("replay", "--workdir=adapted")
+    assert ended.code == 0 and "adapted has rounds but no inputs.json" in ended.err
+    assert json.loads((trained[0] / "inputs.json").read_text()) == noted
+
+
 def test_params_of_a_run_are_those_of_its_replay(trained, commands):
     ended = commands.in_turn("replay", "--workdir=adapted", "--out=adapters.npz")
     assert ended.code == 0 and "bit-identical" in ended.out
