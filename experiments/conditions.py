@@ -436,7 +436,10 @@ def _availability(values: Values) -> tuple[int, float] | np.ndarray | None:
         return None
     if text.endswith(".npy"):
         try:
-            return np.load(Path(text).expanduser(), allow_pickle=False)
+            trace = np.load(Path(text).expanduser(), allow_pickle=False)
+            if trace.dtype != bool and not np.isin(trace, (0, 1)).all():
+                raise ValueError(f"it holds {trace.dtype} beside 0 and 1")
+            return trace.astype(bool)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--availability={text} can't be read ({error}): give a .npy file of booleans "

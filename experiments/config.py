@@ -77,6 +77,13 @@ flags.DEFINE_enum(
     ["iid", "dirichlet", "shards", "natural"],
     "How examples are shared out to clients.",
 )
+flags.DEFINE_enum(
+    "missing_owner",
+    None,
+    ["error", "drop", "own"],
+    "What a training example without an owner is with --partition=natural: an error (unless "
+    "given), left out, or a client of its own.",
+)
 flags.DEFINE_float("dirichlet_alpha", 1.0, "α of the Dirichlet partition.")
 flags.DEFINE_integer("shards_per_client", 2, "Label shards a client gets.", lower_bound=1)
 flags.DEFINE_enum("weighting", "uniform", ["uniform", "examples"], "Weights of the cohort's mean.")
@@ -215,6 +222,11 @@ def resolve(shared: Collection[str] = ()) -> dict[str, Any]:
     if task in ("idx", "npz") and not values["data_dir"]:
         kind = "the folder with the IDX files" if task == "idx" else "the .npz file"
         raise ValueError(f"--task={task} needs --data_dir={kind}")
+    if values["missing_owner"] and values["partition"] != "natural":
+        raise ValueError(
+            f"--missing_owner={values['missing_owner']} has no effect with "
+            f"--partition={values['partition']}: leave it out"
+        )
     if values["clients_per_round"] > values["num_clients"] and values["partition"] != "natural":
         raise ValueError(
             f"--clients_per_round={values['clients_per_round']} is more than "
@@ -246,7 +258,7 @@ def build(values: Values, devices: int | None = None, team: Team | None = None) 
     simulator = _simulator(values, prepared.task, mesh)
     if team:
         simulator = team.lead(simulator)
-    notes = _notes(values, simulator)
+    notes = (*prepared.notes, *_notes(values, simulator))
     return Experiment(
         prepared.task,
         simulator,
@@ -282,6 +294,7 @@ class _Prepared(NamedTuple):
     minimum: float | None
     inputs: Callable[[], fingerprints.Fingerprints]
     language: "LanguageTask | None"
+    notes: tuple[str, ...] = ()
 
 
 def _prepare(values: Values) -> _Prepared:
@@ -309,7 +322,7 @@ def _prepare(values: Values) -> _Prepared:
             texts,
         )
     dataset = _dataset(values["task"], values["data_dir"])
-    order, offsets = _partition(values, dataset, root)
+    dataset, (order, offsets) = _owned(values, dataset, root)
     model = MODELS[values["model"]](dataset.num_classes)
     objective = objectives.CLASSIFICATION[values["objective"]]
     task = vision.classification(dataset, model, order, offsets, objective)
@@ -323,7 +336,20 @@ def _prepare(values: Values) -> _Prepared:
             **conditions.inputs(values),
         }
 
-    return _Prepared(task, counts, None, image_inputs, None)
+    return _Prepared(task, counts, None, image_inputs, None, _of_classes(dataset))
+
+
+def _of_classes(dataset: sources.Dataset) -> tuple[str, ...]:
+    """Returns a sentence for the user where classes have no training example."""
+    present = np.unique(dataset.train["label"])
+    absent = dataset.num_classes - len(present)
+    if not absent:
+        return ()
+    first = next((i for i, label in enumerate(present) if i != label), len(present))
+    return (
+        f"{absent} of the {dataset.num_classes} classes of {dataset.name} have no training "
+        f"example, label {first} first; labels count from 0",
+    )
 
 
 def _notes(values: Values, simulator: simulation.Simulator) -> tuple[str, ...]:
@@ -450,9 +476,21 @@ def _dataset(task: str, data_dir: Any) -> sources.Dataset:
     )
 
 
-def _partition(
+def _owned(
     values: Values, dataset: sources.Dataset, root: keys.RootKeys
-) -> partition.Partition:
-    if values["partition"] == "natural" and dataset.client_ids is None:
-        raise ValueError(f"--partition=natural: {dataset.name} names no owners of its examples")
-    return partitions.share_out(values, dataset.train["label"], root, dataset.client_ids)
+) -> tuple[sources.Dataset, partition.Partition]:
+    """Returns the data set with the examples to keep, and whose they are."""
+    client_ids = dataset.client_ids
+    if values["partition"] == "natural":
+        if client_ids is None:
+            raise ValueError(f"--partition=natural: {dataset.name} names no owners of its examples")
+        owners = [None if i < 0 else i for i in client_ids.tolist()]
+        kept, client_ids = partition.known_owners(
+            owners,
+            values.get("missing_owner") or "error",
+            lambda i: f"{dataset.name}, train, example {i} (from 0)",
+        )
+        if len(kept) < len(owners):
+            train = {name: column[kept] for name, column in dataset.train.items()}
+            dataset = dataset._replace(train=train)
+    return dataset, partitions.share_out(values, dataset.train["label"], root, client_ids)

@@ -187,11 +187,12 @@ def build(
     data = _chosen(everything, values)
     prompt = _prompt(values)
     prompts.check(prompt, data.train, f"{data.name}, train")
+    data, client_ids = _owned(values, data)
     if prompt.answers is None:
         labels, num_classes = np.zeros(len(data.train), np.int32), 1
     else:
         labels, num_classes = prompts.class_ids(prompt, data.train), len(prompt.answers)
-    order, offsets = partitions.share_out(values, labels, root, _client_ids(values, data))
+    order, offsets = partitions.share_out(values, labels, root, client_ids)
     model = load_model(values, root)
     shots = random.Random(values["seed"]).sample(data.train, min(values["shots"], len(data.train)))
     given = (model, data, prompt, order, offsets)
@@ -319,10 +320,12 @@ def _prompt(values: Values) -> prompts.Prompt:
     return prompt
 
 
-def _client_ids(values: Values, data: text_data.TextData) -> np.ndarray | None:
-    """Returns who owns each training example, None where the partition doesn't ask."""
+def _owned(
+    values: Values, data: text_data.TextData
+) -> tuple[text_data.TextData, np.ndarray | None]:
+    """Returns the data with the rows to keep, and who owns each; None where nobody asks."""
     if values["partition"] != "natural":
-        return None
+        return data, None
     column = values["client_column"]
     lacking = sum(column not in row for row in data.train)
     if lacking:
@@ -330,4 +333,13 @@ def _client_ids(values: Values, data: text_data.TextData) -> np.ndarray | None:
             f"--client_column={column} is missing in {lacking} rows of {data.name}, which has "
             f"{', '.join(data.train[0])}"
         )
-    return np.array([str(row[column]) for row in data.train])
+    places = [f"{data.name}, train, row {i}" for i in range(len(data.train))]
+    owners = [
+        text_data.owner(row, column, place) for row, place in zip(data.train, places, strict=True)
+    ]
+
+    def place(i: int) -> str:
+        return text_data.place(data.train[i], places[i])
+
+    kept, client_ids = partition.known_owners(owners, values.get("missing_owner") or "error", place)
+    return data._replace(train=[data.train[i] for i in kept]), client_ids

@@ -39,6 +39,10 @@ def commands(tmp_path_factory, cache, processes):
     moods = ("negative", "positive")
     lines = [f"{row['text']}\t{moods[row['label']]}" for row in tiny_texts.sentences(96)]
     (folder / "train_and_test.tsv").write_text("\n".join(["sentence\tmood", *lines]) + "\n")
+    owners = [f"{line}\t{'ann' if i < 90 else ''}" for i, line in enumerate(lines)]
+    (folder / "owners.tsv").write_text("\n".join(["sentence\tmood\twho", *owners]) + "\n")
+    lines[6] += "?"
+    (folder / "typo.tsv").write_text("\n".join(["sentence\tmood", *lines]) + "\n")
     return Commands(folder, cache, processes, quick=True)
 
 
@@ -199,6 +203,9 @@ REFUSED = {
     "--max_length=600": "600 is over the model's 512 positions",
     "--estimator=jvp --objective=accuracy": "--objective=accuracy has no useful gradient",
     "--partition=natural": "--partition=natural needs --client_column",
+    "--data_dir=typo.tsv": "error: typo.tsv, line 8 has mood='",
+    "--data_dir=owners.tsv --partition=natural --client_column=who": "error: owners.tsv, line 9",
+    "--missing_owner=drop": "--missing_owner=drop has no effect with --partition=iid",
     "--partition=natural --client_column=who": "--client_column=who is missing in 72 rows",
 }
 

@@ -37,7 +37,7 @@ def array(values: Any) -> str:
     (True, False)
     """
     host = np.asarray(values)
-    data = memoryview(np.ascontiguousarray(host).reshape(-1).view(np.uint8))
+    data = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
     chunks = [data[at : at + _CHUNK] for at in range(0, len(data), _CHUNK)]
     if len(chunks) > 1:  # hashing lets other threads run
         with ThreadPoolExecutor(os.cpu_count()) as pool:
