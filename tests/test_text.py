@@ -205,11 +205,18 @@ def test_a_field_may_be_of_any_length(tmp_path):
 
 def test_owners_are_names_or_missing():
     def owner(value):
-        return text.owner(text.PlacedRow({"who": value}, "x.csv, line 3"), "who", "row 1")
+        return text.owner(text.PlacedRow({"who": value}, "x.csv, line", 3), "who", "row 1")
 
     for value in (None, float("nan"), "", " \t", "NaN", "null", "NA"):
         assert owner(value) is None, value
-    for value, name in ((7, "7"), (7.0, "7"), ("7", "7"), (" Ann ", "Ann"), ("Nan", "Nan")):
+    for value, name in (
+        (7, "7"),
+        (7.0, "7"),
+        ("7", "7"),
+        (" Ann ", "Ann"),
+        ("Nan", "Nan"),
+        ("é", "é"),
+    ):
         assert owner(value) == name
     for value in (True, 0.5, ["Ann"], float("inf")):
         with pytest.raises(DataError, match=r"^x\.csv, line 3 has the owner who=.*: owners are"):

@@ -7,6 +7,7 @@ the file and what is wrong with it. `tfds.py` is one more.
 import contextlib
 import gzip
 import math
+import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,8 +17,8 @@ import numpy as np
 
 Examples = tuple[np.ndarray, np.ndarray]  # images [n, H, W] or [n, H, W, C], labels [n]
 
-MISSING = frozenset(("", "nan", "NaN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>"))
-"""Texts that stand for no value, of those that pandas reads so."""
+# Of the texts that pandas reads as no value.
+_MISSING = frozenset(("", "nan", "NaN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>"))
 
 _CHANNELS = (1, 3, 4)  # grey, colours, and these with transparency
 
@@ -190,6 +191,18 @@ def make_dataset(
     )
 
 
+def owner_name(text: str) -> str | None:
+    """Returns a name as owners are compared by, None if it is blank or a word for no value.
+
+    Whitespace around it doesn't count, nor whether an accent is a character of its own.
+
+    >>> owner_name(" Ann "), owner_name("e\u0301") == "\u00e9", owner_name("NaN")
+    ('Ann', True, None)
+    """
+    name = unicodedata.normalize("NFC", text.strip())
+    return None if name in _MISSING else name
+
+
 def _numbered(name: str, client_ids: np.ndarray) -> np.ndarray:
     """Returns owners numbered in their order, int32 [n], -1 where one is missing."""
     kind = client_ids.dtype.kind
@@ -205,9 +218,9 @@ def _numbered(name: str, client_ids: np.ndarray) -> np.ndarray:
             texts = [x.decode() if isinstance(x, bytes) else str(x) for x in client_ids.tolist()]
         except UnicodeDecodeError as error:
             raise DataError(f"{name}: client_ids must be UTF-8: {error}") from None
-        texts = [x.strip() for x in texts]
-        missing = np.array([x in MISSING for x in texts], bool)
-        known = np.array(texts)[~missing]
+        names = [owner_name(x) for x in texts]
+        missing = np.array([x is None for x in names], bool)
+        known = np.array([x for x in names if x is not None])
     else:
         raise DataError(f"{name}: client_ids must be integers or text, but are {client_ids.dtype}")
     numbers = np.full(len(client_ids), -1, np.int32)

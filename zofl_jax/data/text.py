@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zofl_jax.data.sources import MISSING, DataError
+from zofl_jax.data.sources import DataError, owner_name
 
 Row = dict[str, Any]
 """A column's name -> str, int or float, or a list of str (answers that are all right)."""
@@ -25,19 +25,25 @@ class PlacedRow(Row):
     """A row that knows where it stands in the user's file, for messages.
 
     Attributes:
-      place: file and line, such as "moods.csv, line 4".
+      file: the file and what is counted in it, such as "moods.csv, line".
+      number: of the row there.
     """
 
-    __slots__ = ("place",)
+    __slots__ = ("file", "number")
 
-    def __init__(self, values: Row, place: str):
+    def __init__(self, values: Row, file: str, number: int):
         super().__init__(values)
-        self.place = place
+        self.file = file
+        self.number = number
 
 
 def place(row: Row, otherwise: str) -> str:
-    """Returns where a row stands in the user's file, `otherwise` where that isn't known."""
-    return (row.place if isinstance(row, PlacedRow) else "") or otherwise
+    """Returns where a row stands in the user's file, `otherwise` where that isn't known.
+
+    >>> place(PlacedRow({"text": "x"}, "moods.csv, line", 4), "row 0"), place({}, "row 0")
+    ('moods.csv, line 4', 'row 0')
+    """
+    return f"{row.file} {row.number}" if isinstance(row, PlacedRow) else otherwise
 
 
 _Record = tuple[int, Row]  # the number of the line it begins on, from 1
@@ -59,7 +65,7 @@ class TextData(NamedTuple):
 def owner(row: Row, column: str, otherwise: str) -> str | None:
     """Returns who owns a row, None if that is missing: null, NaN, blank, or a word for them.
 
-    Whitespace around a name doesn't count, and 3.0 is 3.
+    Names are those of `owner_name`, and 3.0 is 3.
 
     Args:
       row: of a table.
@@ -74,13 +80,13 @@ def owner(row: Row, column: str, otherwise: str) -> str | None:
         if math.isnan(value):
             return None
         value = int(value) if value.is_integer() else value
-    if value is None or (isinstance(value, str) and value.strip() in MISSING):
+    if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(
             f"{place(row, otherwise)} has the owner {column}={value!r}: owners are text or integers"
         )
-    return str(value).strip()
+    return owner_name(str(value))
 
 
 def reviews(folder: str | Path) -> TextData:
@@ -108,6 +114,7 @@ def reviews(folder: str | Path) -> TextData:
     if not path.is_file():
         raise DataError(f"there is no file {path}: fetch the film reviews by `make reviews`")
     kept: list[Row] = []
+    file = f"{path}, line"
     # The raters' file is not all UTF-8.
     for number, line in _lines(_read(path).decode("utf-8", errors="replace")):
         try:
@@ -124,7 +131,7 @@ def reviews(folder: str | Path) -> TextData:
             )
         if abs(polarity) >= _NEUTRAL:
             row = {"text": text, "label": int(polarity > 0)}
-            kept.append(PlacedRow(row, f"{path}, line {number}"))
+            kept.append(PlacedRow(row, file, number))
     random.Random(0).shuffle(kept)
     test, train = kept[:_REVIEWS_HELD_OUT], kept[_REVIEWS_HELD_OUT:]
     if not train:
@@ -213,7 +220,8 @@ def _read_table(path: Path) -> list[Row]:
                 raise DataError(
                     f"{path}, line {here} lacks {', '.join(lacking)}, which line {there} has"
                 )
-    return [PlacedRow(row, f"{path}, line {line}") for line, row in records]
+    file = f"{path}, line"
+    return [PlacedRow(row, file, line) for line, row in records]
 
 
 def _tsv(path: Path, text: str) -> Iterator[_Record]:

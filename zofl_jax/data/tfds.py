@@ -114,17 +114,17 @@ def rows(
         for split in splits:
             examples = itertools.chain.from_iterable(_read_examples(builder, split))
             read[split] = [
-                _row(example, columns, f"{builder.data_dir}, {split}, example {i}")
+                _row(example, columns, f"{builder.data_dir}, {split}, example", i)
                 for i, example in enumerate(examples)
             ]
         return read
 
 
-def _row(example: dict[str, Any], columns: Sequence[str], place: str) -> Row:
+def _row(example: dict[str, Any], columns: Sequence[str], file: str, index: int) -> Row:
     try:
-        return PlacedRow({name: _plain(_at(example, name)) for name in columns}, place)
+        return PlacedRow({name: _plain(_at(example, name)) for name in columns}, file, index)
     except UnicodeDecodeError as error:
-        raise DataError(f"{place} holds text that is not UTF-8: {error}") from None
+        raise DataError(f"{file} {index} holds text that is not UTF-8: {error}") from None
 
 
 @contextlib.contextmanager

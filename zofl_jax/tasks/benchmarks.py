@@ -76,7 +76,9 @@ def _tidy(entry: Benchmark, rows: Sequence[Row]) -> list[Row]:
         stripped = {k: v.strip() if isinstance(v, str) else v for k, v in row.items()}
         changed = change(stripped)
         if changed[entry.prompt.label] not in ("", []):
-            tidied.append(text.PlacedRow(changed, text.place(row, "")))
+            if isinstance(row, text.PlacedRow):
+                changed = text.PlacedRow(changed, row.file, row.number)
+            tidied.append(changed)
     return tidied
 
 
