@@ -280,6 +280,8 @@ def with_value(value, dtype=np.float32):
         ({"x_train": TRAIN[0][:0], "y_train": TRAIN[1][:0]}, "train: there are no images"),
         ({"x_test": TEST[0][:0], "y_test": TEST[1][:0]}, "test: there are no images"),
         ({"x_test": TEST[0][:, :3]}, r"images are \(4, 5, 1\), test images are \(3, 5, 1\)"),
+        ({"x_train": with_value(1, "m8[s]")}, r"images must be bytes, got timedelta64\[s\]"),
+        ({"y_train": TRAIN[1].astype("m8[s]")}, r"labels must be integers, got timedelta64\[s\]"),
         ({"y_train": TRAIN[1] - 1.0}, "labels must be integers, got float64"),
         ({"y_train": TRAIN[1].astype(int) - 1}, r"from 0, but lie in \[-1, 1\]"),
         ({"y_test": np.eye(5, 3, dtype=int)}, r"labels \[n\], got .* and \(5, 3\)"),

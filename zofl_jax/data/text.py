@@ -79,7 +79,7 @@ def owner(row: Row, column: str, otherwise: str) -> str | None:
     if isinstance(value, float):
         if math.isnan(value):
             return None
-        value = int(value) if value.is_integer() else value
+        value = int(value) if value.is_integer() and abs(value) <= 2**53 else value
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -254,7 +254,8 @@ def _csv_fields(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
 
 def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[_Record]:
     _, header = next(lines, (0, []))
-    if repeated := {name for name in header if header.count(name) > 1}:
+    names = [name.strip() for name in header]
+    if repeated := {name for name in names if names.count(name) > 1}:
         raise DataError(f"{path} has several columns called {min(repeated)!r}: rename them")
     for number, fields in lines:
         if len(fields) != len(header):
@@ -275,7 +276,7 @@ def _jsonl(path: Path, text: str) -> Iterator[_Record]:
             row = json.loads(line, object_pairs_hook=_without_repeats)
             if "\\u" in line:  # half of a pair of surrogates is no character
                 json.dumps(row, ensure_ascii=False).encode()
-        except ValueError as error:  # UnicodeEncodeError is one
+        except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
             raise DataError(f"{path}, line {number}: malformed JSON: {error}") from None
         if not isinstance(row, dict):
             raise DataError(
