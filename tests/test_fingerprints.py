@@ -10,6 +10,7 @@ import pytest
 from absl.testing import flagsaver
 
 from experiments import config
+from experiments.entry import UserError
 from zofl_jax import fingerprints
 from zofl_jax.runs import RunError, open_run
 
@@ -253,3 +254,8 @@ def test_images_and_traces_are_known(tmp_path):
     trace[1, 1] = False
     np.save(tmp_path / "trace.npy", trace)
     assert fingerprints.changes(before, found()) == ["availability"]
+    np.save(tmp_path / "trace.npy", np.full((2, 3), 0.3))  # chances are no booleans
+    with pytest.raises(
+        UserError, match=r"trace\.npy can't be read \(it holds float64 beside 0 and"
+    ):
+        found()
