@@ -224,6 +224,8 @@ def _run(
     path = workdir / method.folder / f"lr{rate:g}-seed{seed}"
     with open_run(path, values, train.MAY_CHANGE) as run:
         summary = run.read_summary()
+        if summary:  # results of other data would stand in the same table
+            run.check_inputs(config.inputs(values, FLAGS.devices))
         got_to = max(run.log.last_round + 1, (summary or {}).get("diverged_round", 0))
         if summary and summary["rounds"] >= rounds and got_to > rounds:  # a trial that went on
             _skip(bar, rounds)

@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from zofl_jax import aggregation, attacks, keys, ledger, participation, privacy, staleness
+from zofl_jax import (
+    aggregation,
+    attacks,
+    fingerprints,
+    keys,
+    ledger,
+    participation,
+    privacy,
+    staleness,
+)
 from zofl_jax.core import Algorithm, Task
 from zofl_jax.estimators import Estimator
 from zofl_jax.rounds import Conditions
@@ -427,7 +436,10 @@ def _availability(values: Values) -> tuple[int, float] | np.ndarray | None:
         return None
     if text.endswith(".npy"):
         try:
-            return np.load(Path(text).expanduser(), allow_pickle=False)
+            trace = np.load(Path(text).expanduser(), allow_pickle=False)
+            if trace.dtype != bool and not np.isin(trace, (0, 1)).all():
+                raise ValueError(f"it holds {trace.dtype} beside 0 and 1")
+            return trace.astype(bool)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--availability={text} can't be read ({error}): give a .npy file of booleans "
@@ -442,6 +454,12 @@ def _availability(values: Values) -> tuple[int, float] | np.ndarray | None:
         ) from None
     participation.day_and_night(1, *found)
     return found
+
+
+def inputs(values: Values) -> fingerprints.Fingerprints:
+    """Returns the fingerprint of the file that `--availability` names, if it names one."""
+    trace = _availability(values)
+    return {"availability": fingerprints.array(trace)} if isinstance(trace, np.ndarray) else {}
 
 
 def _num_classes(task: Task) -> int:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,7 @@ from experiments import conditions, language, methods, partitions, rates, schedu
 from experiments.entry import UserError
 from zofl_jax import (
     compilation,
+    fingerprints,
     keys,
     local_models,
     placement,
@@ -76,6 +77,13 @@ flags.DEFINE_enum(
     ["iid", "dirichlet", "shards", "natural"],
     "How examples are shared out to clients.",
 )
+flags.DEFINE_enum(
+    "missing_owner",
+    None,
+    ["error", "drop", "own"],
+    "What a training example without an owner is with --partition=natural: an error (unless "
+    "given), left out, or a client of its own.",
+)
 flags.DEFINE_float("dirichlet_alpha", 1.0, "α of the Dirichlet partition.")
 flags.DEFINE_integer("shards_per_client", 2, "Label shards a client gets.", lower_bound=1)
 flags.DEFINE_enum("weighting", "uniform", ["uniform", "examples"], "Weights of the cohort's mean.")
@@ -118,6 +126,14 @@ NAMES = (
 `language.py`."""
 
 
+_INPUT_FLAGS = (
+    *(flag.name for flag in FLAGS.flags_by_module_dict()[__name__]),
+    *language.NAMES,
+    "availability",
+)
+"""What `_prepare` reads, and more."""
+
+
 class Experiment(NamedTuple):
     """What a run needs, built from flags."""
 
@@ -125,6 +141,7 @@ class Experiment(NamedTuple):
     simulator: simulation.Simulator
     label_counts: np.ndarray | None  # [num_clients, num_classes]
     minimum: float | None  # the least test loss, where it is known
+    inputs: Callable[[], fingerprints.Fingerprints]  # of data and base model, see `fingerprints`
     language: "LanguageTask | None" = None  # of texts
     notes: tuple[str, ...] = ()
 
@@ -205,6 +222,11 @@ def resolve(shared: Collection[str] = ()) -> dict[str, Any]:
     if task in ("idx", "npz") and not values["data_dir"]:
         kind = "the folder with the IDX files" if task == "idx" else "the .npz file"
         raise ValueError(f"--task={task} needs --data_dir={kind}")
+    if values["missing_owner"] and values["partition"] != "natural":
+        raise ValueError(
+            f"--missing_owner={values['missing_owner']} has no effect with "
+            f"--partition={values['partition']}: leave it out"
+        )
     if values["clients_per_round"] > values["num_clients"] and values["partition"] != "natural":
         raise ValueError(
             f"--clients_per_round={values['clients_per_round']} is more than "
@@ -232,8 +254,52 @@ def build(values: Values, devices: int | None = None, team: Team | None = None) 
       UserError: for data that is missing or malformed, or flags that don't fit it.
     """
     mesh = _mesh(values, devices)
+    prepared = _prepare(values)
+    simulator = _simulator(values, prepared.task, mesh)
+    if team:
+        simulator = team.lead(simulator)
+    notes = (*prepared.notes, *_notes(values, simulator))
+    return Experiment(
+        prepared.task,
+        simulator,
+        prepared.label_counts,
+        prepared.minimum,
+        prepared.inputs,
+        prepared.language,
+        notes,
+    )
+
+
+@_as_user_errors()
+def inputs(values: Values, devices: int | None = None) -> fingerprints.Fingerprints:
+    """Returns the fingerprints of what `build` reads, without building a simulator.
+
+    Raises:
+      UserError: as `build`.
+    """
+    _mesh(values, devices)  # before the backend is first used
+    # Runs of a comparison differ in other flags, and share it.
+    names = [name for name in _INPUT_FLAGS if name not in ("rounds", "eval_every")]
+    return _inputs(tuple((name, values.get(name)) for name in names))
+
+
+@functools.lru_cache
+def _inputs(values: tuple[tuple[str, Any], ...]) -> fingerprints.Fingerprints:
+    return _prepare(dict(values)).inputs()
+
+
+class _Prepared(NamedTuple):
+    task: Task
+    label_counts: np.ndarray | None
+    minimum: float | None
+    inputs: Callable[[], fingerprints.Fingerprints]
+    language: "LanguageTask | None"
+    notes: tuple[str, ...] = ()
+
+
+def _prepare(values: Values) -> _Prepared:
+    """Reads data and base model; the fields are those of `Experiment`."""
     root = keys.root(values["seed"], values["prng_impl"])
-    label_counts, minimum, built_language = None, None, None
     if values["task"] == "quadratic":
         built = quadratic.quadratic(
             root.partition,
@@ -244,24 +310,46 @@ def build(values: Values, devices: int | None = None, team: Team | None = None) 
             heterogeneity=values["heterogeneity"],
             noise=values["noise"],
         )
-        task, minimum = built.task, built.minimum
-    elif language.is_language_task(values["task"]):
-        built_language, label_counts = language.build(values, root)
-        task = built_language.task
-    else:
-        dataset = _dataset(values["task"], values["data_dir"])
-        order, offsets = _partition(values, dataset, root)
-        model = MODELS[values["model"]](dataset.num_classes)
-        objective = objectives.CLASSIFICATION[values["objective"]]
-        task = vision.classification(dataset, model, order, offsets, objective)
-        label_counts = partition.label_counts(
-            dataset.train["label"], order, offsets, dataset.num_classes
+        inputs = functools.partial(conditions.inputs, values)
+        return _Prepared(built.task, None, built.minimum, inputs, None)
+    if language.is_language_task(values["task"]):
+        texts, label_counts, text_inputs = language.build(values, root)
+        return _Prepared(
+            texts.task,
+            label_counts,
+            None,
+            lambda: {**text_inputs(), **conditions.inputs(values)},
+            texts,
         )
-    simulator = _simulator(values, task, mesh)
-    if team:
-        simulator = team.lead(simulator)
-    notes = _notes(values, simulator)
-    return Experiment(task, simulator, label_counts, minimum, built_language, notes)
+    dataset = _dataset(values["task"], values["data_dir"])
+    dataset, (order, offsets) = _owned(values, dataset, root)
+    model = MODELS[values["model"]](dataset.num_classes)
+    objective = objectives.CLASSIFICATION[values["objective"]]
+    task = vision.classification(dataset, model, order, offsets, objective)
+    counts = partition.label_counts(dataset.train["label"], order, offsets, dataset.num_classes)
+
+    def image_inputs() -> fingerprints.Fingerprints:
+        return {
+            **fingerprints.rows("training", dataset.train),
+            **fingerprints.rows("test", dataset.test),
+            "partition": fingerprints.arrays(order, offsets),
+            **conditions.inputs(values),
+        }
+
+    return _Prepared(task, counts, None, image_inputs, None, _of_classes(dataset))
+
+
+def _of_classes(dataset: sources.Dataset) -> tuple[str, ...]:
+    """Returns a sentence for the user where classes have no training example."""
+    present = np.unique(dataset.train["label"])
+    absent = dataset.num_classes - len(present)
+    if not absent:
+        return ()
+    first = next((i for i, label in enumerate(present) if i != label), len(present))
+    return (
+        f"{absent} of the {dataset.num_classes} classes of {dataset.name} have no training "
+        f"example, label {first} first; labels count from 0",
+    )
 
 
 def _notes(values: Values, simulator: simulation.Simulator) -> tuple[str, ...]:
@@ -306,10 +394,12 @@ def rebuild(
       nearest: whether to start from the nearest snapshot, not from round 0.
 
     Raises:
-      RunError: if the run can't be opened or doesn't hold that round.
+      RunError: if the run can't be opened or doesn't hold that round, or if its data or base
+        model have changed.
     """
     with open_run(workdir, values) as run:
         try:
+            run.check_inputs(experiment.inputs())
             done = run.log.last_round + 1 if round_index is None else round_index
             state, same = recording.rebuild(run, experiment.simulator, done, nearest=nearest)
         finally:
@@ -386,9 +476,21 @@ def _dataset(task: str, data_dir: Any) -> sources.Dataset:
     )
 
 
-def _partition(
+def _owned(
     values: Values, dataset: sources.Dataset, root: keys.RootKeys
-) -> partition.Partition:
-    if values["partition"] == "natural" and dataset.client_ids is None:
-        raise ValueError(f"--partition=natural: {dataset.name} names no owners of its examples")
-    return partitions.share_out(values, dataset.train["label"], root, dataset.client_ids)
+) -> tuple[sources.Dataset, partition.Partition]:
+    """Returns the data set with the examples to keep, and whose they are."""
+    client_ids = dataset.client_ids
+    if values["partition"] == "natural":
+        if client_ids is None:
+            raise ValueError(f"--partition=natural: {dataset.name} names no owners of its examples")
+        owners = [None if i < 0 else i for i in client_ids.tolist()]
+        kept, client_ids = partition.known_owners(
+            owners,
+            values.get("missing_owner") or "error",
+            lambda i: f"{dataset.name}, train, example {i} (from 0)",
+        )
+        if len(kept) < len(owners):
+            train = {name: column[kept] for name, column in dataset.train.items()}
+            dataset = dataset._replace(train=train)
+    return dataset, partitions.share_out(values, dataset.train["label"], root, client_ids)

@@ -101,6 +101,9 @@ def _trained() -> tuple[config.Experiment, Params, str]:
             )
     changed = values | {name: FLAGS[name].value for name in given & set(EVALUATION_FLAGS)}
     experiment = config.build(changed)
+    if changed != values:
+        known = experiment.inputs
+        experiment = experiment._replace(inputs=lambda: language.without_encoding(known()))
     state, done, _ = config.rebuild(workdir, values, experiment, FLAGS.round, nearest=True)
     return experiment, state.params, f"{workdir} after {done} rounds"
 

@@ -5,9 +5,10 @@ builds, not when it is imported.
 """
 
 import dataclasses
+import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from experiments import fetch, partitions
-from zofl_jax import keys
+from zofl_jax import fingerprints, keys
 from zofl_jax.data import partition
 from zofl_jax.data import text as text_data
 from zofl_jax.tasks import benchmarks, objectives, prompts
@@ -101,6 +102,8 @@ flags.DEFINE_string(
     "A word for each label, as 'negative=bad,positive=good'; those of the task unless given.",
 )
 
+_ENCODED = "tokens of the"
+
 FLAGS = flags.FLAGS
 
 NAMES = tuple(flag.name for flag in FLAGS.flags_by_module_dict()[__name__])
@@ -166,8 +169,13 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
         raise ValueError("--partition=natural needs --client_column with each example's owner")
 
 
-def build(values: Values, root: keys.RootKeys) -> tuple["LanguageTask", np.ndarray | None]:
-    """Returns the task and, for classes, how many examples of each a client has.
+def build(
+    values: Values, root: keys.RootKeys
+) -> tuple["LanguageTask", np.ndarray | None, Callable[[], fingerprints.Fingerprints]]:
+    """Returns the task, for classes how many examples of each a client has, and its inputs.
+
+    The inputs are functions of no arguments, since telling them takes as long as hashing the
+    model does.
 
     Raises:
       ValueError: for a model or data that can't be read, or that don't fit each other.
@@ -175,14 +183,16 @@ def build(values: Values, root: keys.RootKeys) -> tuple["LanguageTask", np.ndarr
     """
     from zofl_jax.tasks import language
 
-    data = load_data(values)
+    everything = _read(values)
+    data = _chosen(everything, values)
     prompt = _prompt(values)
     prompts.check(prompt, data.train, f"{data.name}, train")
+    data, client_ids = _owned(values, data)
     if prompt.answers is None:
         labels, num_classes = np.zeros(len(data.train), np.int32), 1
     else:
         labels, num_classes = prompts.class_ids(prompt, data.train), len(prompt.answers)
-    order, offsets = partitions.share_out(values, labels, root, _client_ids(values, data))
+    order, offsets = partitions.share_out(values, labels, root, client_ids)
     model = load_model(values, root)
     shots = random.Random(values["seed"]).sample(data.train, min(values["shots"], len(data.train)))
     given = (model, data, prompt, order, offsets)
@@ -191,11 +201,45 @@ def build(values: Values, root: keys.RootKeys) -> tuple["LanguageTask", np.ndarr
         "max_length": values["max_length"],
         "shots": shots,
     }
+    counts = None
     if prompt.answers is None:
-        longest = values["max_new_tokens"]
-        return language.generation(*given, max_new_tokens=longest, **settings), None
-    built = language.classification(*given, **settings)
-    return built, partition.label_counts(labels, order, offsets, num_classes)
+        built = language.generation(*given, max_new_tokens=values["max_new_tokens"], **settings)
+    else:
+        built = language.classification(*given, **settings)
+        counts = partition.label_counts(labels, order, offsets, num_classes)
+    return built, counts, lambda: _inputs(built, everything, order, offsets)
+
+
+def without_encoding(inputs: fingerprints.Fingerprints) -> fingerprints.Fingerprints:
+    """Returns inputs without those that follow from flags of the prompt and its length too."""
+    return {name: value for name, value in inputs.items() if not name.startswith(_ENCODED)}
+
+
+def _inputs(
+    built: "LanguageTask", data: text_data.TextData, order: np.ndarray, offsets: np.ndarray
+) -> fingerprints.Fingerprints:
+    """Returns the fingerprints of a task: of its rows, clients, tokenizer and base model."""
+    from flax.traverse_util import flatten_dict
+
+    found: fingerprints.Fingerprints = {}
+    for split, rows in (("training", data.train), ("test", data.test)):
+        found |= fingerprints.rows(split, {name: [row[name] for row in rows] for name in rows[0]})
+    found["partition"] = fingerprints.arrays(order, offsets)
+    tokenizer = built.model.tokenizer
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    found["tokenizer's vocabulary"] = fingerprints.text(json.dumps(sorted(vocabulary.items())))
+    for name in ("bos_id", "eos_id"):
+        found[f"tokenizer's {name}"] = getattr(tokenizer, name)
+    for split, examples in (("training", built.task.train.examples), ("test", built.task.test)):
+        found[f"{_ENCODED} {split} texts"] = fingerprints.arrays(*jax.tree.leaves(examples))
+    for name, value in dataclasses.asdict(built.model.config).items():
+        if name != "pad_id":  # padding is masked
+            found[f"base model's {name}"] = fingerprints.plain(value)
+    params = flatten_dict(built.model.params(built.model.trainable), sep="/")
+    for path, leaf in params.items():
+        if not path.split("/")[-1].startswith("lora_"):  # drawn, not read
+            found[f"base model's weights {path}"] = fingerprints.array(leaf)
+    return found
 
 
 def notices(built: "LanguageTask") -> tuple[str, ...]:
@@ -234,12 +278,15 @@ def load_model(values: Values, root: keys.RootKeys) -> "LanguageModel":
     )
 
 
-def load_data(values: Values) -> text_data.TextData:
-    """Returns the texts of `--task`, as many as asked for."""
+def _read(values: Values) -> text_data.TextData:
+    """Returns the texts of `--task`."""
     if values["task"] == OWN_DATA:
-        data = text_data.table(values["data_dir"], values["held_out"])
-    else:
-        data = benchmarks.load(values["task"], values["data_dir"])
+        return text_data.table(values["data_dir"], values["held_out"])
+    return benchmarks.load(values["task"], values["data_dir"])
+
+
+def _chosen(data: text_data.TextData, values: Values) -> text_data.TextData:
+    """Returns as many texts as asked for."""
     return data._replace(
         train=_some(data.train, values["train_examples"]),
         test=_some(data.test, values["test_examples"]),
@@ -273,10 +320,12 @@ def _prompt(values: Values) -> prompts.Prompt:
     return prompt
 
 
-def _client_ids(values: Values, data: text_data.TextData) -> np.ndarray | None:
-    """Returns who owns each training example, None where the partition doesn't ask."""
+def _owned(
+    values: Values, data: text_data.TextData
+) -> tuple[text_data.TextData, np.ndarray | None]:
+    """Returns the data with the rows to keep, and who owns each; None where nobody asks."""
     if values["partition"] != "natural":
-        return None
+        return data, None
     column = values["client_column"]
     lacking = sum(column not in row for row in data.train)
     if lacking:
@@ -284,4 +333,13 @@ def _client_ids(values: Values, data: text_data.TextData) -> np.ndarray | None:
             f"--client_column={column} is missing in {lacking} rows of {data.name}, which has "
             f"{', '.join(data.train[0])}"
         )
-    return np.array([str(row[column]) for row in data.train])
+    places = [f"{data.name}, train, row {i}" for i in range(len(data.train))]
+    owners = [
+        text_data.owner(row, column, place) for row, place in zip(data.train, places, strict=True)
+    ]
+
+    def place(i: int) -> str:
+        return text_data.place(data.train[i], places[i])
+
+    kept, client_ids = partition.known_owners(owners, values.get("missing_owner") or "error", place)
+    return data._replace(train=[data.train[i] for i in kept]), client_ids

@@ -134,7 +134,7 @@ def _main(values: dict[str, Any], team: Team | None = None) -> None:
         values["learning_rate"] = probed.learning_rate
         experiment = config.at_learning_rate(experiment, values, FLAGS.devices)
     with open_run(workdir, values, MAY_CHANGE) as run:
-        ended = finished(run, values)
+        ended = finished(run, values, experiment)
         if ended:
             print(f"The run in {run.path} is complete; give more --rounds to go on.\n")
         outcome = ended or train(
@@ -189,11 +189,20 @@ def default_workdir(values: config.Values, auto_lr: bool = False) -> Path:
     return Path("runs") / f"{task}-{model}-{values['algorithm']}-{digest}"
 
 
-def finished(run: Run, values: config.Values) -> Outcome | None:
+def finished(
+    run: Run, values: config.Values, experiment: config.Experiment | None = None
+) -> Outcome | None:
     """Returns how a run ended, None if there are rounds to do.
 
+    Args:
+      run: the open run directory.
+      values: its flags.
+      experiment: built from them, if it is built already.
+
     Raises:
-      RunError: if it holds more rounds than are asked for.
+      RunError: if it holds more rounds than are asked for, or if it has ended and its data or
+        base model have changed since.
+      UserError: if these can't be read.
     """
     logged = run.log.last_round + 1
     if logged > values["rounds"]:
@@ -201,10 +210,14 @@ def finished(run: Run, values: config.Values) -> Outcome | None:
             f"{run.path} holds {logged} rounds already; give --rounds={logged} or more, or "
             "another --workdir"
         )
-    if run.notice:
-        note(run.notice)
     summary = run.read_summary()
     complete = summary and logged == summary.get("rounds") == values["rounds"]
+    if complete:
+        run.check_inputs(
+            experiment.inputs() if experiment else config.inputs(values, FLAGS.devices)
+        )
+    if run.notice:
+        note(run.notice)
     return Outcome(summary, summary.get("failure")) if summary and complete else None
 
 
@@ -228,14 +241,17 @@ def train(
       figures: whether to draw them; they take about a second.
 
     Raises:
-      RunError, UserError: if the run can't be read or the experiment not be built.
+      RunError, UserError: if the run can't be read or the experiment not be built, or if its data
+        or base model have changed.
     """
     began = time.perf_counter()
     experiment = experiment or config.build(values, FLAGS.devices)
     simulator = experiment.simulator
-    repaired = run.notice
+    repaired = run.notice or ""
+    run.check_inputs(experiment.inputs())
     progress, notice = recording.restore(run, simulator)
-    for sentence in (run.notice if run.notice != repaired else None, notice, *experiment.notices):
+    found = (run.notice or "").removeprefix(repaired).strip()
+    for sentence in (found, notice, *experiment.notices):
         if sentence:
             note(sentence)
     done = int(progress.state.round)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -173,6 +174,19 @@ def test_a_stopped_comparison_goes_on(whole, commands, tmp_path):
     for row in (row for table in tables for row in table):
         del row["seconds"], row["memory_bytes"]
     assert tables[0] == tables[1]
+
+
+def test_results_of_other_data_do_not_come_into_one_table(whole, commands, tmp_path):
+    """A run that is complete, as its data were before."""
+    (tmp_path / "compare.flags").write_text(FLAGS)
+    shutil.copytree(whole[0], tmp_path / "all")
+    noted = sorted((tmp_path / "all").glob("*/*/inputs.json"))
+    assert len(noted) == len(summaries_of(tmp_path / "all"))
+    inputs = json.loads(noted[-1].read_text())
+    noted[-1].write_text(json.dumps(inputs | {"training column 'label'": "0" * 32}))
+    ended = compared(commands)
+    assert ended.code == 1 and ended.err.startswith("error: training column 'label' changed since")
+    assert str(noted[-1].parent.relative_to(tmp_path)) in ended.err
 
 
 def test_rates_are_tried_for_a_share_of_the_rounds(commands):

@@ -13,11 +13,12 @@ from absl import flags
 from absl.testing import flagsaver
 from tiny_tasks import BATCH_SIZE, softmax_task
 
-from experiments import config, methods, schedules
+from experiments import config, language, methods, schedules
 from experiments.entry import UserError
 from experiments.schedules import Change
 from zofl_jax import compilation, estimators, keys, perturbations
 from zofl_jax.core import Phase, Task
+from zofl_jax.data.text import TextData
 from zofl_jax.simulation import phase_at
 
 FOLDER = Path(config.__file__).parent / "flagfiles"
@@ -450,3 +451,38 @@ def test_the_authors_schedule():
 def test_a_part_that_is_no_schedule_is_named(text, part):
     with pytest.raises(UserError, match=rf"^--schedule: .*{re.escape(repr(part))}"):
         resolve(f"--schedule={text}")
+
+
+def test_missing_owners_of_images_and_texts(tmp_path):
+    images = np.arange(12 * 4, dtype=np.uint8).reshape(12, 2, 2)
+    split = {"x_train": images, "y_train": np.arange(12) % 3 + 1}
+    split |= {"x_test": images, "y_test": np.arange(12) % 3 + 1}
+    owners = np.array([5, np.nan, 2, 5, np.nan, *[2] * 7])
+    np.savez(tmp_path / "x.npz", **split, client_ids=owners)
+    flags = ("--task=npz", f"--data_dir={tmp_path / 'x.npz'}", "--partition=natural")
+    flags += ("--batch_size=1", "--clients_per_round=2")
+    with pytest.raises(UserError, match=r"^x, train, example 1 \(from 0\) names no owner, as 2 of"):
+        build(*flags)
+    for choice, kept, clients in (
+        ("drop", [0, 2, 3, *range(5, 12)], [[1, *range(3, 10)], [0, 2]]),
+        ("own", [*range(12)], [[2, *range(5, 12)], [0, 3], [1], [4]]),
+    ):
+        experiment = build(*flags, f"--missing_owner={choice}")
+        train = experiment.task.train
+        np.testing.assert_array_equal(train.examples["image"][..., 0], images[kept])
+        np.testing.assert_array_equal(train.examples["label"], split["y_train"][kept])
+        parts = np.split(np.asarray(train.order), train.offsets[1:-1])
+        assert [part.tolist() for part in parts] == clients
+        assert experiment.notices == (
+            "1 of the 4 classes of x have no training example, label 0 first; labels count from 0",
+        )
+    rows = [{"who": who} for who in ("b", None, 3, " b", "")]
+    data = TextData(rows, rows, "x")
+    values = {"partition": "natural", "client_column": "who", "missing_owner": "own"}
+    kept_data, ids = language._owned(values, data)
+    assert kept_data == data and ids.tolist() == [1, 2, 0, 1, 3]
+    kept_data, ids = language._owned({**values, "missing_owner": "drop"}, data)
+    assert kept_data.train == [rows[0], rows[2], rows[3]] and ids.tolist() == [1, 0, 1]
+    assert kept_data.test == rows
+    with pytest.raises(ValueError, match=r"^x, train, row 1 names no owner, as 2 of 5"):
+        language._owned({"partition": "natural", "client_column": "who"}, data)  # of old runs

@@ -39,6 +39,10 @@ def commands(tmp_path_factory, cache, processes):
     moods = ("negative", "positive")
     lines = [f"{row['text']}\t{moods[row['label']]}" for row in tiny_texts.sentences(96)]
     (folder / "train_and_test.tsv").write_text("\n".join(["sentence\tmood", *lines]) + "\n")
+    owners = [f"{line}\t{'ann' if i < 90 else ''}" for i, line in enumerate(lines)]
+    (folder / "owners.tsv").write_text("\n".join(["sentence\tmood\twho", *owners]) + "\n")
+    lines[6] += "?"
+    (folder / "typo.tsv").write_text("\n".join(["sentence\tmood", *lines]) + "\n")
     return Commands(folder, cache, processes, quick=True)
 
 
@@ -199,6 +203,9 @@ REFUSED = {
     "--max_length=600": "600 is over the model's 512 positions",
     "--estimator=jvp --objective=accuracy": "--objective=accuracy has no useful gradient",
     "--partition=natural": "--partition=natural needs --client_column",
+    "--data_dir=typo.tsv": "error: typo.tsv, line 8 has mood='",
+    "--data_dir=owners.tsv --partition=natural --client_column=who": "error: owners.tsv, line 9",
+    "--missing_owner=drop": "--missing_owner=drop has no effect with --partition=iid",
     "--partition=natural --client_column=who": "--client_column=who is missing in 72 rows",
 }
 
@@ -224,6 +231,41 @@ def test_evaluation_and_export_refuse(trained, commands):
         ended = commands.in_turn(*command)
         assert ended.code == 1
         assert ended.err.startswith("error: ") and message in ended.err
+
+
+def test_a_run_knows_its_data_and_its_base_model(trained, commands):
+    """Of a complete run, of one that goes on, and of one that is read."""
+    folder = commands.folder
+    table, weights_file = folder / "train_and_test.tsv", folder / "model" / "model.safetensors"
+    train = ("train", *SHARED, "--model=hf:model", *ADAPTERS)
+    noted = json.loads((trained[0] / "inputs.json").read_text())
+    assert {"partition", "training column 'mood'", "tokenizer's vocabulary"} <= set(noted)
+    for path, change, name, several in (
+        (
+            table,
+            lambda data: data.replace(b"\tpositive", b"\tnegative", 1),
+            "column 'mood'",
+            (train, (*train, "--rounds=70")),
+        ),
+        (
+            weights_file,
+            lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+            "base model's weights",
+            (("evaluate", "--workdir=adapted", "--shots=1"),),
+        ),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(change(whole))
+        for command in several:
+            ended = commands.in_turn(*command)
+            assert ended.code == 1, command
+            assert ended.err.count("\n") == 1 and ended.out == "", command
+            assert name in ended.err and "changed since the run in adapted began: " in ended.err
+        path.write_bytes(whole)
+    (trained[0] / "inputs.json").unlink()  # as before this release
+    ended = commands.in_turn("replay", "--workdir=adapted")
+    assert ended.code == 0 and "adapted has rounds but no inputs.json" in ended.err
+    assert json.loads((trained[0] / "inputs.json").read_text()) == noted
 
 
 def test_params_of_a_run_are_those_of_its_replay(trained, commands):

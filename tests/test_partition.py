@@ -216,3 +216,26 @@ def test_label_counts_equal_counting_by_hand():
     for client, row in enumerate(counts):
         owned = LABELS[order[offsets[client] : offsets[client + 1]]]
         np.testing.assert_array_equal(row, np.bincount(owned, minlength=11))
+
+
+OWNERS = ["b", None, "a", None, "b", "10"]
+
+
+def test_owners_that_are_missing_are_refused_dropped_or_made_clients():
+    with pytest.raises(
+        ValueError,
+        match=r"^row 1 names no owner, as 2 of 6 examples do: .*--missing_owner=drop .*=own",
+    ):
+        partition.known_owners(OWNERS, "error", lambda i: f"row {i}")
+    kept, owners = partition.known_owners(OWNERS, "drop", str)
+    assert kept.tolist() == [0, 2, 4, 5] and owners.tolist() == [2, 1, 2, 0]
+    kept, owners = partition.known_owners(OWNERS, "own", str)
+    assert kept.tolist() == [0, 1, 2, 3, 4, 5] and owners.tolist() == [2, 3, 1, 4, 2, 0]
+    known = [name for name in OWNERS if name]
+    for missing in ("error", "drop", "own"):
+        kept, owners = partition.known_owners(known, missing, str)
+        assert kept.tolist() == [0, 1, 2, 3] and owners.tolist() == [2, 1, 2, 0]
+    kept, owners = partition.known_owners([None, None], "own", str)
+    assert owners.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="no example does: there are no clients"):
+        partition.known_owners([None, None], "drop", str)

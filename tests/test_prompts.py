@@ -1,6 +1,7 @@
 """Prompts: templates, verbalizers, and the published benchmarks as TFDS gives them."""
 
 import collections
+import math
 import pathlib
 import re
 import textwrap
@@ -97,7 +98,7 @@ def test_labels_become_classes(values, labels, expected):
 )
 def test_labels_that_are_no_classes_are_refused(value, labels, message):
     prompt = Prompt("{text}", ("bad", "good"), "y", labels)
-    rows = [{"y": labels[0] if labels else 0, "text": ""}, {"y": value, "text": ""}]
+    rows = [{"y": labels[0] if labels else 0, "text": "x"}, {"y": value, "text": "x"}]
     with pytest.raises(ValueError, match=re.escape(message)):
         prompts.class_ids(prompt, rows)
     with pytest.raises(ValueError, match=re.escape(f"my data, row 1 has y={value!r}")):
@@ -123,15 +124,17 @@ def test_references_must_be_text(answer):
             {"body": "", "mood": "positive"},
             r"column 'text', which .* lacks; it has body, mood",
         ),
-        (MOODS, {"text": "", "label": 1}, r"has no label column 'mood': it has text, label"),
+        (MOODS, {"text": "x", "label": 1}, r"has no label column 'mood': it has text, label"),
         (MOODS, {"text": None, "mood": "positive"}, r"row 0 has text=None: templates take text or"),
         (MOODS, {"text": ["a"], "mood": "positive"}, r"row 0 has text=\['a'\]: templates take"),
+        (MOODS, {"text": math.nan, "mood": "positive"}, r"row 0 has text=nan: .* finite numbers"),
+        (MOODS, {"text": " \n", "mood": "positive"}, r"row 0 has nothing in text: remove it or"),
         (MOODS._replace(answers=("good", "good")), {}, "two or more different words"),
         (MOODS._replace(answers=("good", "")), {}, "two or more different words"),
         (MOODS._replace(answers=("good",)), {}, "two or more different words"),
         (MOODS._replace(labels=("1",)), {}, "one label for each verbalizer"),
         (MOODS._replace(labels=("1", "1")), {}, "one label for each verbalizer"),
-        (QUESTION, {"text": "", "question": "", "answers": []}, r"row 0 has answers=\[\]"),
+        (QUESTION, {"text": "x", "question": "", "answers": []}, r"row 0 has answers=\[\]"),
     ],
 )
 def test_a_prompt_that_does_not_fit_the_data_is_refused(prompt, row, message):

@@ -153,6 +153,53 @@ def test_home_directory_is_understood(tmp_path, monkeypatch):
         assert run.path == tmp_path / "run"
 
 
+# What the run was made with.
+
+
+def test_inputs_are_noted_once_and_changed_ones_refused_by_name(workdir):
+    inputs = {"training data": "aa", "number of rows": 3, "rate": None}
+    with runs.open_run(workdir, FLAGS) as run:
+        run.check_inputs(inputs)
+        assert run.notice is None
+        run.log.append(make_rows(0, 1))
+    noted = (workdir / "inputs.json").read_bytes()
+    assert json.loads(noted) == inputs
+    with runs.open_run(workdir, FLAGS) as run:
+        run.check_inputs({"rate": None, "number of rows": 3})
+        assert run.notice is None
+        with pytest.raises(
+            RunError,
+            match=r"^number of rows \(4, was 3\), rate \(0, was None\) changed since the run in "
+            r".* began: choose another --workdir for a new run, or restore",
+        ):
+            run.check_inputs({**inputs, "number of rows": 4, "rate": 0, "later": 1})
+        assert (workdir / "inputs.json").read_bytes() == noted
+        run.check_inputs({**inputs, "of a later release": "bb"})
+        with pytest.raises(RunError, match=r"^of a later release \(cc, was bb\) changed"):
+            run.check_inputs({"of a later release": "cc"})
+
+
+def test_a_run_of_an_earlier_release_goes_on_and_says_so_once(workdir):
+    for expected in (True, False):
+        with runs.open_run(workdir, FLAGS) as run:
+            if expected:
+                run.log.append(make_rows(0, 1))
+            run.check_inputs({})
+            assert run.notice is None
+            run.check_inputs({"training data": "aa"})
+            assert bool(run.notice) == expected
+            if expected:
+                assert "no inputs.json, so whether its data and base model are" in run.notice
+
+
+@pytest.mark.parametrize("text", ["", '{"task": ', "[]"])
+def test_unreadable_inputs_are_refused(workdir, text):
+    with runs.open_run(workdir, FLAGS) as run:
+        (workdir / "inputs.json").write_text(text)
+        with pytest.raises(RunError, match=r"inputs.json can't be read .*: restore .* or delete"):
+            run.check_inputs({"training data": "aa"})
+
+
 # The log and the directory.
 
 

@@ -5,6 +5,7 @@ import io
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,22 @@ def test_counts_of_images_and_labels_must_agree(tmp_path):
         sources.idx(tmp_path)
 
 
+def test_a_packed_file_beside_another_must_hold_the_same(tmp_path):
+    write_idx(tmp_path)
+    write_idx(tmp_path, rename=lambda name: name + ".gz")
+    check(sources.idx(tmp_path))
+    write_idx(
+        tmp_path,
+        {"t10k-labels-idx1-ubyte": TEST[1][::-1]},
+        lambda name: name.replace("t10k", "test").replace("-idx", ".idx") + ".gz",
+    )
+    with pytest.raises(
+        sources.DataError,
+        match=r"t10k-labels-idx1-ubyte and .*test-labels\.idx1-ubyte\.gz differ: leave one",
+    ):
+        sources.idx(tmp_path)
+
+
 @pytest.mark.skipif(not FASHION.is_dir(), reason="dataset-fashion-mnist isn't installed")
 def test_fashion_mnist():
     data = sources.idx(FASHION)
@@ -206,6 +223,32 @@ def test_npz_numbers_the_owners(tmp_path, ids):
     np.testing.assert_array_equal(np.unique(owners), np.arange(len(np.unique(ids))))
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([3, np.nan, 7, np.nan] * 3),
+        np.array(["b", "", "c", "NaN"] * 3),
+        np.array([b"b", b" ", b" c", b"null"] * 3),
+    ],
+)
+def test_an_owner_that_is_missing_is_none(tmp_path, ids):
+    owners = sources.npz(write_npz(tmp_path, client_ids=ids)).client_ids
+    assert owners.tolist() == [0, -1, 1, -1] * 3
+
+
+def test_npz_reads_any_order_of_memory_and_bytes(tmp_path):
+    check(
+        sources.npz(
+            write_npz(
+                tmp_path,
+                x_train=np.asfortranarray(TRAIN[0].astype(">u2")),
+                y_train=TRAIN[1].astype(">i4"),
+                x_test=TEST[0].astype(">f8") / 255,
+            )
+        )
+    )
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_npz_turns_scaled_bytes_back(tmp_path, dtype):
     every_byte = np.arange(256, dtype=np.uint8).reshape(4, 8, 8)
@@ -237,10 +280,24 @@ def with_value(value, dtype=np.float32):
         ({"x_train": TRAIN[0][:0], "y_train": TRAIN[1][:0]}, "train: there are no images"),
         ({"x_test": TEST[0][:0], "y_test": TEST[1][:0]}, "test: there are no images"),
         ({"x_test": TEST[0][:, :3]}, r"images are \(4, 5, 1\), test images are \(3, 5, 1\)"),
+        ({"x_train": with_value(1, "m8[s]")}, r"images must be bytes, got timedelta64\[s\]"),
+        ({"y_train": TRAIN[1].astype("m8[s]")}, r"labels must be integers, got timedelta64\[s\]"),
         ({"y_train": TRAIN[1] - 1.0}, "labels must be integers, got float64"),
         ({"y_train": TRAIN[1].astype(int) - 1}, r"from 0, but lie in \[-1, 1\]"),
         ({"y_test": np.eye(5, 3, dtype=int)}, r"labels \[n\], got .* and \(5, 3\)"),
         ({"y_test": TEST[1][:3]}, "test: there are 5 images but 3 labels"),
+        (
+            {"x_train": np.zeros((12, 3, 5, 6), int), "x_test": np.zeros((5, 3, 5, 6), int)},
+            r"the shape \(3, 5, 6\) have their channels first, .*moveaxis\(images, 1, -1\)",
+        ),
+        (
+            {"x_train": (TRAIN[0] > 9).astype(int), "x_test": TEST[0]},
+            r"pixels go to 1 in the training images and to 2\d\d in the test images: give both",
+        ),
+        ({"client_ids": np.arange(12) + 0.5}, r"client_ids that are floats must be whole"),
+        ({"client_ids": np.arange(12) * 2.0**54}, r"client_ids that are floats must be whole"),
+        ({"client_ids": np.arange(12) > 5}, r"client_ids must be integers or text, but are bool"),
+        ({"client_ids": np.array([b"\xff"] * 12)}, r"client_ids must be UTF-8"),
         ({"client_ids": np.arange(5)}, r"each of the 12 training examples, .* is \(5,\)"),
     ],
 )
@@ -262,6 +319,14 @@ def test_npz_refuses_files_that_are_none(tmp_path):
         path.write_bytes(content)
         with pytest.raises(sources.DataError, match=r"data.npz is not a readable .npz file: "):
             sources.npz(path)
+
+
+def test_an_archive_with_two_arrays_of_a_name_is_refused(tmp_path):
+    path = write_npz(tmp_path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("x_train.npy", archive.read("x_train.npy"))
+    with pytest.raises(sources.DataError, match="has several arrays called x_train"):
+        sources.npz(path)
 
 
 def test_heavy_packages_are_imported_only_when_needed():

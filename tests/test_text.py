@@ -1,5 +1,6 @@
 """Text sources: what they read, what they hold out, and what they say of malformed files."""
 
+import csv
 import gzip
 import json
 import random
@@ -8,6 +9,7 @@ import pytest
 
 from zofl_jax.data import text
 from zofl_jax.data.sources import DataError
+from zofl_jax.tasks import prompts
 
 MANY = 1000
 COLUMNS = ["review", "mood", "stars"]
@@ -71,6 +73,13 @@ def test_missing_reviews_name_the_command_that_fetches_them(tmp_path):
         text.reviews(tmp_path / "absent")
 
 
+@pytest.mark.parametrize("score", ["nan", "inf", "4.5", "-40"])
+def test_scores_out_of_range_are_no_opinions(tmp_path, score):
+    path = write(tmp_path / "movie_reviews.tsv", f"1\t-4\tfine\n2\t{score}\tsentence\n")
+    with pytest.raises(DataError, match=rf"line 2: the score {score} is not in \[-4, 4\]"):
+        text.reviews(path)
+
+
 @pytest.mark.parametrize("line", ["7\tgood\tsentence", "7\t1.5", "sentence"])
 def test_malformed_reviews_are_named_by_line(tmp_path, line):
     path = write(tmp_path / "movie_reviews.tsv", f"1\t2\tfine\n\n{line}\n")
@@ -109,10 +118,14 @@ def test_one_file_is_shuffled_and_split(tmp_path, ending):
 
 def test_tsv_knows_no_quotes_and_csv_does(tmp_path):
     write(tmp_path / "train.tsv", 'text\r\n"half\r\n\r\nx\u2028y\r\n')
-    write(tmp_path / "test.csv", '\ufefftext,label\n"two\nlines, ""quoted""",1\n')
+    rows = '"two\nlines, ""quoted"", ",1\n" ""quoted""", 2\n'
+    write(tmp_path / "test.csv", f"\ufefftext,label\n{rows}")
     data = text.table(tmp_path)
     assert data.train == [{"text": '"half'}, {"text": "x\u2028y"}]
-    assert data.test == [{"text": 'two\nlines, "quoted"', "label": "1"}]
+    assert data.test == [
+        {"text": 'two\nlines, "quoted", ', "label": "1"},
+        {"text": ' "quoted"', "label": " 2"},
+    ]
 
 
 def test_json_keeps_types(tmp_path):
@@ -132,6 +145,13 @@ def test_json_keeps_types(tmp_path):
         ("x.csv", 'a,b\n"1\n1",2\n1\n', r"x\.csv, line 4: 1 fields, but the header has 2"),
         ("x.csv", 'a,b\n1,2\n"1"x,2\n', r"x\.csv, line 3: malformed CSV"),
         ("x.csv", "a,a\n1,2\n", "several columns called 'a'"),
+        ("x.tsv", "a\ta \n1\t2\n", "several columns called 'a'"),
+        ("x.jsonl", '{"a": ' + "[" * 9999 + "]" * 9999 + "}", r"line 1: malformed JSON: .*recurs"),
+        ("x.csv", 'a,b\n1,2\n"a",b\n', r"x\.csv, line 3 repeats the header: remove it"),
+        ("x.csv", "a,b\n1,2\n3,\0\n", r"x\.csv, line 3 holds a NUL character.*: convert"),
+        ("x.tsv", "a\tb\n1\t2\n".encode("utf-16-le"), r"x\.tsv, line 1 holds a NUL character"),
+        ("x.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', r"line 2: .* the name 'a' stands twice"),
+        ("x.jsonl", '{"a": 1}\n{"a": "\\ud800"}\n', r"x\.jsonl, line 2: malformed JSON: .*surrog"),
         ("x.jsonl", '{"a": 1}\n{"a": \n', r"x\.jsonl, line 2: malformed JSON"),
         ("x.jsonl", '{"a": 1}\n[1]\n', r"x\.jsonl, line 2: expected an object"),
         ("x.jsonl", '{"a": 1, "b": 2}\n\n{"a": 1}\n', r"line 3 lacks b, which line 1 has"),
@@ -149,6 +169,66 @@ def test_malformed_tables_are_named_by_line(tmp_path, name, content, message):
     path = write(tmp_path / name, content)
     with pytest.raises(DataError, match=message):
         text.table(path)
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_rows_know_the_lines_that_they_begin_on(tmp_path, ending):
+    """After the shuffle too, in a file with empty lines and, in CSV, rows over several lines."""
+    rows = {
+        "tsv": "one\u2028two {0}\t{0}\n\n",
+        "csv": '"one\n\ntwo {0}",{0}\r\n\r\n',
+        "jsonl": '{{"review": "one\\ntwo {0}", "n": "{0}"}}\n\n',
+    }
+    content = {"tsv": "review\tn\n", "csv": "review,n\r\n", "jsonl": ""}[ending]
+    lines = {}
+    for i in range(8):
+        lines[str(i)] = content.count("\n") + 1
+        content += rows[ending].format(i)
+    path = write(tmp_path / f"x.{ending}.gz", content)
+    data = text.table(path, held_out=0.25)
+    assert [row["n"] for row in data.train] != sorted(row["n"] for row in data.train)
+    for row in data.train + data.test:
+        assert text.place(row, "") == f"{path}, line {lines[row['n']]}"
+    assert len(set(lines.values())) == 8
+    wrong = data.train[3]
+    known = tuple(n for n in lines if n != wrong["n"])
+    prompt = prompts.Prompt("{review}", known, "n", known)
+    with pytest.raises(ValueError, match=rf"^.*x\.{ending}\.gz, line {lines[wrong['n']]} has n="):
+        prompts.check(prompt, data.train, "x, train")
+
+
+def test_a_field_may_be_of_any_length(tmp_path):
+    """Longer than csv's own limit, which is as before afterwards, also when reading fails."""
+    limit = csv.field_size_limit()
+    long = "x" * (limit + 1)
+    path = write(tmp_path / "x.csv", f'text,label\n"{long}",0\nshort,1\n')
+    assert sorted(len(row["text"]) for row in text.table(path, 0.5).train) in ([5], [limit + 1])
+    assert csv.field_size_limit() == limit
+    with pytest.raises(DataError, match="malformed CSV"):
+        text.table(write(path, f'text\n"{long}'))
+    assert csv.field_size_limit() == limit
+
+
+def test_owners_are_names_or_missing():
+    def owner(value):
+        return text.owner(text.PlacedRow({"who": value}, "x.csv, line", 3), "who", "row 1")
+
+    for value in (None, float("nan"), "", " \t", "NaN", "null", "NA"):
+        assert owner(value) is None, value
+    for value, name in (
+        (7, "7"),
+        (7.0, "7"),
+        ("7", "7"),
+        (" Ann ", "Ann"),
+        ("Nan", "Nan"),
+        ("e\u0301", "\u00e9"),
+    ):
+        assert owner(value) == name
+    for value in (True, 0.5, 2.0**54, ["Ann"], float("inf")):
+        with pytest.raises(DataError, match=r"^x\.csv, line 3 has the owner who=.*: owners are"):
+            owner(value)
+    with pytest.raises(DataError, match=r"^row 1 has the owner"):
+        text.owner({"who": {}}, "who", "row 1")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"plain text"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import text_benchmarks
 
-from zofl_jax.data import tfds
+from zofl_jax.data import text, tfds
 from zofl_jax.data.sources import DataError
 
 RNG = np.random.default_rng(0)
@@ -237,12 +237,19 @@ def test_rows_are_python_values_of_the_columns_asked_for(tmp_path):
         "spans/text": ["x", "y"],
         "spans/start": [0, 7],
     }
+    places = [text.place(row, "") for row in rows]
+    assert places == [f"{tmp_path}/notes/1.0.0, some, example {i}" for i in range(2)]
     kinds = [str, int, float, bool, list, list, str, list, list]
     assert [type(value) for value in rows[0].values()] == kinds
     assert {len(row["tags"]) for row in rows} == {0, 2}
     message = r"has no feature 'inner/text', only .*inner/deep/text"
     with pytest.raises(DataError, match=message):
         tfds.rows("notes", tmp_path, ["some"], ["inner/text"])
+
+
+def test_text_that_is_not_utf8_is_refused():
+    with pytest.raises(DataError, match=r"^notes, train, example 7 holds text that is not UTF-8: "):
+        tfds._row({"text": [b"fine", b"m\xfcde"]}, ["text"], "notes, train, example", 7)
 
 
 @pytest.mark.parametrize("name", ["sst2", "cb", "squad"])

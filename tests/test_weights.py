@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -333,6 +334,26 @@ def test_damaged_safetensors_are_refused(tmp_path):
     with pytest.raises(ZeroDivisionError):
         safetensors_files.write(path, {"a": ((1,), np.dtype(np.float32))}, lambda _: 1 // 0)
     assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("[1]", "not a safetensors file"),
+        ('{"a": 1}', "not a safetensors file"),
+        ('{"a": X(0, 8), "b": X(8, 16), "a": X(8, 16)}', "has two tensors called 'a'"),
+        ('{"a": X(0, 8), "b": X(8, 12)}', r"'b' takes 4 bytes, which its shape \(2,\) of F32 does"),
+        ('{"b": X(4, 12), "a": X(0, 8)}', "tensors 'a' and 'b' share bytes"),
+    ],
+)
+def test_safetensors_whose_header_says_two_things_are_refused(tmp_path, header, message):
+    header = re.sub(
+        r"X\((\d+), (\d+)\)", r'{"dtype": "F32", "shape": [2], "data_offsets": [\1, \2]}', header
+    ).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(ValueError, match=message):
+        safetensors_files.tensors(str(path))
 
 
 @pytest.mark.parametrize(

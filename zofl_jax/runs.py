@@ -6,6 +6,7 @@
 
     runs/digits/
       flags.json           the resolved flags
+      inputs.json          fingerprints of data and base model
       log.sqlite           the run log: see `run_log.py`
       snapshots/           states of some rounds, round 0 among them
       summary.json         results
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import numpy as np
 
-from zofl_jax import snapshots
+from zofl_jax import fingerprints, snapshots
 from zofl_jax.run_files import (
     RunError,
     remove_temporary_files,
@@ -47,8 +48,9 @@ __all__ = ["Flag", "RoundRow", "Run", "RunError", "RunLog", "open_run", "read_fl
 
 Flag = str | int | float | bool | None
 
-_FLAGS, _LOG, _SNAPSHOTS, _SUMMARY, _LOCK = (
+_FLAGS, _INPUTS, _LOG, _SNAPSHOTS, _SUMMARY, _LOCK = (
     "flags.json",
+    "inputs.json",
     "log.sqlite",
     "snapshots",
     "summary.json",
@@ -123,6 +125,45 @@ class Run:
             found, notice = snapshots.load_latest(self.path / _SNAPSHOTS, template, at_most)
         self._report(notice)
         return found
+
+    def check_inputs(self, inputs: Mapping[str, fingerprints.Plain]) -> None:
+        """Checks that the run goes on with the data and the base model it began with.
+
+        A run that has noted none of them notes these; if it has rounds already, `notice` says so.
+
+        Args:
+          inputs: see `fingerprints`. Those that the run has not noted are noted, and those it
+            has noted and that are missing here are not checked.
+
+        Raises:
+          RunError: if one has changed; the message names it.
+        """
+        path = self.path / _INPUTS
+        try:
+            noted = json.loads(path.read_text())
+            if not isinstance(noted, dict):
+                raise ValueError("it holds no table of fingerprints")
+        except FileNotFoundError:
+            noted = {}
+            if inputs and self.log.last_round >= 0:
+                self._report(
+                    f"{self.path} has rounds but no {_INPUTS}, so whether its data and base model "
+                    "are those it began with can't be checked; those of now are noted."
+                )
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{path} can't be read ({error}): restore it from a copy, or delete it to go on "
+                "with the data and the base model of now"
+            ) from error
+        if changed := fingerprints.changes(noted, inputs):
+            raise RunError(
+                f"{fingerprints.listed(changed)} changed since the run in {self.path} began: "
+                "choose another --workdir for a new run, or restore what it began with to go on "
+                "with this one"
+            )
+        if set(inputs) - set(noted):
+            with _os_errors_reported(self.path):
+                _write_json(path, {**noted, **inputs})
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes the results as strict JSON; what is not a finite number becomes null.

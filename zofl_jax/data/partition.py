@@ -11,6 +11,8 @@ gives the same partition on every machine.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ import numpy as np
 from zofl_jax.core import Batch, ClientData, PRNGKey
 
 Partition = tuple[np.ndarray, np.ndarray]  # order int32 [n], offsets int32 [num_clients + 1]
+
+Missing = Literal["error", "drop", "own"]
 
 DIRICHLET_DRAWS = 10
 """How often `dirichlet` draws before it gives up."""
@@ -142,6 +146,47 @@ def natural(client_ids: np.ndarray) -> Partition:
         raise ValueError(f"client_ids must have the shape [n] with n >= 1, got {client_ids.shape}")
     ids, owners = np.unique(client_ids, return_inverse=True)
     return _partition(owners, len(ids))
+
+
+def known_owners(
+    owners: Sequence[str | int | None], missing: Missing, place: Callable[[int], str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which examples are kept, int [kept] in ascending order, and their owners, int [kept].
+
+    Owners are numbered in the order of their names; those of examples without one come last.
+
+    Args:
+      owners: [n], who owns each example, None where that isn't known: strangers are no client.
+      missing: what is done with those: "error", "drop", or "own", which makes each a client of
+        its own.
+      place: index -> what to call an example in a message.
+
+    Raises:
+      ValueError: if an owner is missing and that is an error, or if all are dropped.
+
+    >>> known_owners(["b", None, "a", None], "own", str)
+    (array([0, 1, 2, 3]), array([1, 2, 0, 3]))
+    """
+    unknown = [i for i, name in enumerate(owners) if name is None]
+    if unknown and missing == "error":
+        raise ValueError(
+            f"{place(unknown[0])} names no owner, as {len(unknown)} of {len(owners)} examples do: "
+            "complete them, or give --missing_owner=drop to leave them out, or --missing_owner=own "
+            "to make each a client of its own"
+        )
+    names = np.array([name for name in owners if name is not None])
+    kept = np.arange(len(owners))
+    if missing == "drop" and unknown:
+        kept = np.delete(kept, unknown)
+        if not len(kept):
+            raise ValueError(
+                f"{place(0)} names no owner, and no example does: there are no clients"
+            )
+        return kept, np.unique(names, return_inverse=True)[1]
+    found = np.empty(len(owners), int)
+    found[unknown] = len(np.unique(names)) + np.arange(len(unknown))
+    found[np.setdiff1d(kept, unknown)] = np.unique(names, return_inverse=True)[1]
+    return kept, found
 
 
 def client_data(examples: Batch, order: np.ndarray, offsets: np.ndarray) -> ClientData:

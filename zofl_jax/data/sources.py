@@ -7,6 +7,7 @@ the file and what is wrong with it. `tfds.py` is one more.
 import contextlib
 import gzip
 import math
+import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,6 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 Examples = tuple[np.ndarray, np.ndarray]  # images [n, H, W] or [n, H, W, C], labels [n]
+
+# Of the texts that pandas reads as no value.
+_MISSING = frozenset(("", "nan", "NaN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>"))
+
+_CHANNELS = (1, 3, 4)  # grey, colours, and these with transparency
 
 _UBYTE = 0x08  # the IDX code of unsigned bytes
 
@@ -32,7 +38,7 @@ class Dataset(NamedTuple):
       num_classes: labels are in [0, num_classes).
       max_value: the largest value a pixel can have: 255, or 16 for the digits.
       client_ids: the natural owner of each training example, int32 [n], numbered from 0 in the
-        order of the source's ids; None where the source knows no owners.
+        order of the source's ids, -1 where it is missing; None where the source knows no owners.
       name: for people.
     """
 
@@ -84,8 +90,8 @@ def idx(folder: str | Path) -> Dataset:
     parent, prefix = _idx_prefix(path)
 
     def read(split: str) -> Examples:
-        images = _read_idx(_idx_file(parent, prefix, split, "images-idx3"), 3)
-        labels = _read_idx(_idx_file(parent, prefix, split, "labels-idx1"), 1)
+        images = _read_one_idx(_idx_files(parent, prefix, split, "images-idx3"), 3)
+        labels = _read_one_idx(_idx_files(parent, prefix, split, "labels-idx1"), 1)
         return images.swapaxes(1, 2) if prefix.startswith("emnist-") else images, labels
 
     return make_dataset(path.resolve().name, read("train"), read("test"))
@@ -108,10 +114,13 @@ def npz(path: str | Path) -> Dataset:
         raise DataError(f"there is no file {path}: give the path of an .npz file")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            repeated = {name for name in archive.files if archive.files.count(name) > 1}
             arrays = {name: archive[name] for name in archive.files}
     # np.load returns the array itself, which is no context manager, for an .npy file.
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is not a readable .npz file: {error}") from error
+    if repeated:
+        raise DataError(f"{path} has several arrays called {min(repeated)}: keep one of them")
     missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
     if missing:
         raise DataError(
@@ -139,7 +148,8 @@ def make_dataset(
         [n, 1].
       test: the same for the test set.
       max_value: the largest value a pixel can have.
-      client_ids: the owner of each training example, [n], of any type that can be sorted.
+      client_ids: the owner of each training example, [n]: integers, also as floats, or text. NaN
+        and blank text, or a word for them, say that it is missing.
       num_classes: the largest label + 1 unless given.
 
     Raises:
@@ -156,6 +166,12 @@ def make_dataset(
     shapes = [part["image"].shape[1:] for part in checked.values()]
     if shapes[0] != shapes[1]:
         raise DataError(f"{name}: training images are {shapes[0]}, test images are {shapes[1]}")
+    largest = [int(part["image"].max()) for part in checked.values()]
+    if min(largest) <= 1 < max(largest):
+        raise DataError(
+            f"{name}: pixels go to {largest[0]} in the training images and to {largest[1]} in the "
+            "test images: give both in one scale"
+        )
     found = 1 + max(int(part["label"].max()) for part in checked.values())
     if num_classes is not None and found > num_classes:
         raise DataError(f"{name}: there is a label {found - 1}, but only {num_classes} classes")
@@ -165,7 +181,7 @@ def make_dataset(
                 f"{name}: client_ids must have one entry for each of the {len(train[1])} "
                 f"training examples, but their shape is {client_ids.shape}"
             )
-        client_ids = np.unique(client_ids, return_inverse=True)[1].astype(np.int32)
+        client_ids = _numbered(name, client_ids)
     return Dataset(
         **checked,
         num_classes=num_classes or found,
@@ -173,6 +189,43 @@ def make_dataset(
         client_ids=client_ids,
         name=name,
     )
+
+
+def owner_name(text: str) -> str | None:
+    """Returns a name as owners are compared by, None if it is blank or a word for no value.
+
+    Whitespace around it doesn't count, nor whether an accent is a character of its own.
+
+    >>> owner_name(" Ann "), owner_name("e\u0301") == "\u00e9", owner_name("NaN")
+    ('Ann', True, None)
+    """
+    name = unicodedata.normalize("NFC", text.strip())
+    return None if name in _MISSING else name
+
+
+def _numbered(name: str, client_ids: np.ndarray) -> np.ndarray:
+    """Returns owners numbered in their order, int32 [n], -1 where one is missing."""
+    kind = client_ids.dtype.kind
+    if kind == "f":
+        missing = np.isnan(client_ids)
+        known = client_ids[~missing]
+        if not (abs(known) <= 2**53).all() or (known != np.rint(known)).any():
+            raise DataError(f"{name}: client_ids that are floats must be whole and up to 2**53")
+    elif kind in "iu":
+        missing, known = np.zeros(len(client_ids), bool), client_ids
+    elif kind in "SU" or (kind == "O" and all(isinstance(x, str | bytes) for x in client_ids)):
+        try:
+            texts = [x.decode() if isinstance(x, bytes) else str(x) for x in client_ids.tolist()]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}: client_ids must be UTF-8: {error}") from None
+        names = [owner_name(x) for x in texts]
+        missing = np.array([x is None for x in names], bool)
+        known = np.array([x for x in names if x is not None])
+    else:
+        raise DataError(f"{name}: client_ids must be integers or text, but are {client_ids.dtype}")
+    numbers = np.full(len(client_ids), -1, np.int32)
+    numbers[~missing] = np.unique(known, return_inverse=True)[1]
+    return numbers
 
 
 def _examples(
@@ -191,12 +244,18 @@ def _examples(
         raise DataError(f"{where}: there are {len(images)} images but {len(labels)} labels")
     if images.size == 0:
         raise DataError(f"{where}: there are no images or no pixels, the shape is {images.shape}")
-    if not np.issubdtype(labels.dtype, np.integer):
+    if labels.dtype.kind not in "iu":  # to NumPy, differences of dates are integers too
         raise DataError(f"{where}: labels must be integers, got {labels.dtype}")
     if labels.min() < 0 or labels.max() >= 2**31 - 1:
         raise DataError(
             f"{where}: labels must be class numbers from 0, but lie in "
             f"[{labels.min()}, {labels.max()}]"
+        )
+    channels, last = images.shape[1], images.shape[3]
+    if channels in _CHANNELS and last not in (*_CHANNELS, 2):
+        raise DataError(
+            f"{where}: images of the shape {images.shape[1:]} have their channels first, but "
+            "[n, H, W, C] is needed: move the axis with np.moveaxis(images, 1, -1)"
         )
     images = _to_bytes(where, images, max_value)
     return {"image": np.ascontiguousarray(images), "label": labels.astype(np.int32)}
@@ -214,7 +273,7 @@ def _to_bytes(where: str, images: np.ndarray, max_value: int) -> np.ndarray:
             raise DataError(
                 f"{where}: float images must be bytes divided by {max_value}: store the bytes"
             )
-    elif not np.issubdtype(images.dtype, np.integer):
+    elif images.dtype.kind not in "iu":
         raise DataError(f"{where}: images must be bytes, got {images.dtype}")
     elif images.min() < 0 or images.max() > max_value:
         raise DataError(
@@ -239,17 +298,26 @@ def _idx_prefix(path: Path) -> tuple[Path, str]:
     return path, next(iter(prefixes), "")
 
 
-def _idx_file(folder: Path, prefix: str, split: str, kind: str) -> Path:
+def _idx_files(folder: Path, prefix: str, split: str, kind: str) -> list[Path]:
     names = [
         f"{prefix}{stem}-{spelling}-ubyte{ending}"
         for stem in {"train": ("train",), "test": ("t10k", "test")}[split]
         for spelling in (kind, kind.replace("-", "."))
         for ending in ("", ".gz")
     ]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise DataError(f"{folder} has no {split} {kind[:6]}: looked for {', '.join(names)}")
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise DataError(f"{folder} has no {split} {kind[:6]}: looked for {', '.join(names)}")
+    return found
+
+
+def _read_one_idx(paths: list[Path], ndim: int) -> np.ndarray:
+    """Returns what is in all of the files: a packed one often stands beside what came out of it."""
+    first, *rest = (_read_idx(path, ndim) for path in paths)
+    for path, other in zip(paths[1:], rest, strict=True):
+        if not np.array_equal(first, other):
+            raise DataError(f"{paths[0]} and {path} differ: leave one of them there")
+    return first
 
 
 def _read_idx(path: Path, ndim: int) -> np.ndarray:

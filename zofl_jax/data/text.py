@@ -15,15 +15,42 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zofl_jax.data.sources import DataError
+from zofl_jax.data.sources import DataError, owner_name
 
 Row = dict[str, Any]
 """A column's name -> str, int or float, or a list of str (answers that are all right)."""
+
+
+class PlacedRow(Row):
+    """A row that knows where it stands in the user's file, for messages.
+
+    Attributes:
+      file: the file and what is counted in it, such as "moods.csv, line".
+      number: of the row there.
+    """
+
+    __slots__ = ("file", "number")
+
+    def __init__(self, values: Row, file: str, number: int):
+        super().__init__(values)
+        self.file = file
+        self.number = number
+
+
+def place(row: Row, otherwise: str) -> str:
+    """Returns where a row stands in the user's file, `otherwise` where that isn't known.
+
+    >>> place(PlacedRow({"text": "x"}, "moods.csv, line", 4), "row 0"), place({}, "row 0")
+    ('moods.csv, line 4', 'row 0')
+    """
+    return f"{row.file} {row.number}" if isinstance(row, PlacedRow) else otherwise
+
 
 _Record = tuple[int, Row]  # the number of the line it begins on, from 1
 
 REVIEWS_FILE = "movie_reviews.tsv"
 _REVIEWS_HELD_OUT = 872  # as many as SST-2's validation set has
+_LARGEST_SCORE = 4
 _NEUTRAL = 0.5  # reviews with scores nearer to 0 say neither
 
 
@@ -33,6 +60,33 @@ class TextData(NamedTuple):
     train: list[Row]
     test: list[Row]
     name: str  # for people
+
+
+def owner(row: Row, column: str, otherwise: str) -> str | None:
+    """Returns who owns a row, None if that is missing: null, NaN, blank, or a word for them.
+
+    Names are those of `owner_name`, and 3.0 is 3.
+
+    Args:
+      row: of a table.
+      column: that names its owner.
+      otherwise: names the row in messages where it doesn't know its place.
+
+    Raises:
+      DataError: for a value that is neither text nor an integer.
+    """
+    value = row[column]
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        value = int(value) if value.is_integer() and abs(value) <= 2**53 else value
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(
+            f"{place(row, otherwise)} has the owner {column}={value!r}: owners are text or integers"
+        )
+    return owner_name(str(value))
 
 
 def reviews(folder: str | Path) -> TextData:
@@ -60,6 +114,7 @@ def reviews(folder: str | Path) -> TextData:
     if not path.is_file():
         raise DataError(f"there is no file {path}: fetch the film reviews by `make reviews`")
     kept: list[Row] = []
+    file = f"{path}, line"
     # The raters' file is not all UTF-8.
     for number, line in _lines(_read(path).decode("utf-8", errors="replace")):
         try:
@@ -69,8 +124,14 @@ def reviews(folder: str | Path) -> TextData:
             raise DataError(
                 f"{path}, line {number}: expected an id, a score and a sentence, separated by tabs"
             ) from None
+        if not -_LARGEST_SCORE <= polarity <= _LARGEST_SCORE:
+            raise DataError(
+                f"{path}, line {number}: the score {score} is not in "
+                f"[-{_LARGEST_SCORE}, {_LARGEST_SCORE}]"
+            )
         if abs(polarity) >= _NEUTRAL:
-            kept.append({"text": text, "label": int(polarity > 0)})
+            row = {"text": text, "label": int(polarity > 0)}
+            kept.append(PlacedRow(row, file, number))
     random.Random(0).shuffle(kept)
     test, train = kept[:_REVIEWS_HELD_OUT], kept[_REVIEWS_HELD_OUT:]
     if not train:
@@ -86,7 +147,8 @@ def table(path: str | Path, held_out: float = 0.1) -> TextData:
 
     TSV and CSV begin with a line of column names. TSV knows no quotes: a line is a row and a tab
     separates fields; CSV's fields may be quoted. Their values are text. JSON lines hold one
-    object each, all with the same names. Files are UTF-8; empty lines are skipped.
+    object each, all with the same names. Files are UTF-8; empty lines are skipped. Rows know their
+    lines, those of CSV the line they begin on.
 
     Args:
       path: a folder with train.ENDING and test.ENDING; or one file, whose rows are shuffled by
@@ -143,6 +205,11 @@ def _read_table(path: Path) -> list[Row]:
             f"{path}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8: convert the "
             "file to UTF-8"
         ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(
+            f"{path}, line {line} holds a NUL character, as UTF-16 does: convert the file to UTF-8"
+        )
     records = list(_READERS[ending](path, text))
     if not records:
         raise DataError(f"{path} has no rows")
@@ -153,7 +220,8 @@ def _read_table(path: Path) -> list[Row]:
                 raise DataError(
                     f"{path}, line {here} lacks {', '.join(lacking)}, which line {there} has"
                 )
-    return [row for _, row in records]
+    file = f"{path}, line"
+    return [PlacedRow(row, file, line) for line, row in records]
 
 
 def _tsv(path: Path, text: str) -> Iterator[_Record]:
@@ -161,7 +229,13 @@ def _tsv(path: Path, text: str) -> Iterator[_Record]:
 
 
 def _csv(path: Path, text: str) -> Iterator[_Record]:
-    return _with_header(path, _csv_fields(path, text))
+    # The limit is csv's own and of the whole process: 131,072 characters unless set.
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    try:
+        fields = list(_csv_fields(path, text))
+    finally:
+        csv.field_size_limit(limit)
+    return _with_header(path, iter(fields))
 
 
 def _csv_fields(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
@@ -180,7 +254,8 @@ def _csv_fields(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
 
 def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[_Record]:
     _, header = next(lines, (0, []))
-    if repeated := {name for name in header if header.count(name) > 1}:
+    names = [name.strip() for name in header]
+    if repeated := {name for name in names if names.count(name) > 1}:
         raise DataError(f"{path} has several columns called {min(repeated)!r}: rename them")
     for number, fields in lines:
         if len(fields) != len(header):
@@ -188,6 +263,8 @@ def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator
                 f"{path}, line {number}: {len(fields)} fields, but the header has "
                 f"{len(header)} ({', '.join(header)})"
             )
+        if fields == header and len(header) > 1:
+            raise DataError(f"{path}, line {number} repeats the header: remove it")
         yield number, dict(zip(header, fields, strict=True))
 
 
@@ -196,14 +273,25 @@ def _jsonl(path: Path, text: str) -> Iterator[_Record]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line, object_pairs_hook=_without_repeats)
+            if "\\u" in line:  # half of a pair of surrogates is no character
+                json.dumps(row, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
             raise DataError(f"{path}, line {number}: malformed JSON: {error}") from None
         if not isinstance(row, dict):
             raise DataError(
                 f'{path}, line {number}: expected an object like {{"text": ...}}, found {line!r}'
             )
         yield number, row
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {repeated!r} stands twice in one object")
+    return found
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[_Record]]] = {

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from zofl_jax.data.sources import DataError, Dataset, make_dataset
-from zofl_jax.data.text import Row
+from zofl_jax.data.text import PlacedRow, Row
 
 _OWNER_FEATURES = ("client_id", "writer_id", "writer")
 _HOSTS = {  # the images that can be prepared, and where TFDS downloads them from
@@ -98,7 +98,8 @@ def rows(
       columns: names of features; "answers/text" is the feature text inside answers.
 
     Returns:
-      The rows of each split. Values are str, int, float, or a list of them for a sequence.
+      The rows of each split, which know their index in it. Values are str, int, float, or a list
+      of them for a sequence.
 
     Raises:
       DataError: as in `load`; for splits or columns that the data lack.
@@ -109,14 +110,21 @@ def rows(
             raise DataError(
                 f"{builder.data_dir} has no feature {lacking[0]!r}, only {', '.join(found)}"
             )
-        return {
-            split: [
-                {column: _plain(_at(example, column)) for column in columns}
-                for examples in _read_examples(builder, split)
-                for example in examples
+        read: dict[str, list[Row]] = {}
+        for split in splits:
+            examples = itertools.chain.from_iterable(_read_examples(builder, split))
+            read[split] = [
+                _row(example, columns, f"{builder.data_dir}, {split}, example", i)
+                for i, example in enumerate(examples)
             ]
-            for split in splits
-        }
+        return read
+
+
+def _row(example: dict[str, Any], columns: Sequence[str], file: str, index: int) -> Row:
+    try:
+        return PlacedRow({name: _plain(_at(example, name)) for name in columns}, file, index)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} {index} holds text that is not UTF-8: {error}") from None
 
 
 @contextlib.contextmanager
@@ -278,7 +286,7 @@ def _at(example: Any, path: str) -> Any:
 def _plain(value: Any) -> Any:
     """Returns Python's own text, number or list for what TFDS reads."""
     if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
+        return value.decode()
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist())
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -6,6 +6,7 @@ Reading by offset instead of mapping or gathering the whole file keeps the memor
 and saving a model at one tensor beyond its params.
 """
 
+import itertools
 import json
 import math
 import os
@@ -45,18 +46,23 @@ def tensors(path: str) -> dict[str, Tensor]:
     """Returns the tensors of a file by name; reads the header only.
 
     Raises:
-      ValueError: if the file is cut short, isn't safetensors, or has a dtype of no use here.
+      ValueError: if the file is cut short, isn't safetensors, or has a dtype of no use here; if two
+        tensors have one name or share bytes, or the bytes of one aren't those of its shape.
     """
     size = os.path.getsize(path)
+    problem = f"{path} is not a safetensors file, or is cut short: fetch it again"
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
-            raise ValueError(f"{path} is not a safetensors file, or is cut short: fetch it again")
+            raise ValueError(problem)
         try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is not a safetensors file: fetch it again") from error
-    header.pop("__metadata__", None)
+            entries = json.loads(file.read(length), object_pairs_hook=list)
+            header = {name: dict(entry) for name, entry in entries if name != "__metadata__"}
+        except (ValueError, TypeError) as error:
+            raise ValueError(problem) from error
+    names = sorted(name for name, _ in entries)
+    if repeated := [name for name, after in itertools.pairwise(names) if name == after]:
+        raise ValueError(f"{path} has two tensors called {repeated[0]!r}: fetch or save it again")
     found = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
@@ -70,10 +76,14 @@ def tensors(path: str) -> dict[str, Tensor]:
         dtype = np.dtype(_DTYPES[entry["dtype"]])
         if end - start != math.prod(entry["shape"]) * dtype.itemsize:
             raise ValueError(
-                f"{path}: tensor {name!r} takes {end - start} bytes, which do not fit "
-                f"{entry['dtype']} {entry['shape']}: fetch it again"
+                f"{path}: tensor {name!r} takes {end - start} bytes, which its shape "
+                f"{tuple(entry['shape'])} of {entry['dtype']} does not: fetch or save it again"
             )
         found[name] = Tensor(path, dtype, tuple(entry["shape"]), start)
+    in_order = sorted(found.items(), key=lambda item: item[1].offset)
+    for (name, tensor), (other, after) in itertools.pairwise(in_order):
+        if tensor.offset + math.prod(tensor.shape) * tensor.dtype.itemsize > after.offset:
+            raise ValueError(f"{path}: tensors {name!r} and {other!r} share bytes: fetch it again")
     return found
 
 

@@ -71,8 +71,15 @@ def load(name: str, data_dir: str | Path | None = None) -> TextData:
 def _tidy(entry: Benchmark, rows: Sequence[Row]) -> list[Row]:
     """Returns rows without whitespace around texts, and what else their template expects."""
     change = _CHANGES.get(entry.name, lambda row: row)
-    stripped = [{k: v.strip() if isinstance(v, str) else v for k, v in row.items()} for row in rows]
-    return [row for row in map(change, stripped) if row[entry.prompt.label] not in ("", [])]
+    tidied: list[Row] = []
+    for row in rows:
+        stripped = {k: v.strip() if isinstance(v, str) else v for k, v in row.items()}
+        changed = change(stripped)
+        if changed[entry.prompt.label] not in ("", []):
+            if isinstance(row, text.PlacedRow):
+                changed = text.PlacedRow(changed, row.file, row.number)
+            tidied.append(changed)
+    return tidied
 
 
 def _boolq(row: Row) -> Row:

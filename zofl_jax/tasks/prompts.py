@@ -1,5 +1,6 @@
 """From rows to prompts: templates, verbalizers and demonstrations."""
 
+import math
 import re
 import string
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zofl_jax.data.text import Row
+from zofl_jax.data.text import Row, place
 
 
 class Prompt(NamedTuple):
@@ -87,10 +88,11 @@ def demonstrations(prompt: Prompt, shots: Sequence[Row]) -> str:
     return "".join(parts)
 
 
-def class_ids(prompt: Prompt, rows: Sequence[Row]) -> np.ndarray:
+def class_ids(prompt: Prompt, rows: Sequence[Row], where: str = "") -> np.ndarray:
     """Returns the class of each row, int32 [n], numbered like the verbalizers.
 
     Numbers may stand as text. A JSON boolean is 0 or 1, and called "false" or "true" in `labels`.
+    A message names a row by its file and line, or by `where` and its index.
 
     >>> prompt = Prompt("{text} It was", ("bad", "good"), "mood", ("negative", "positive"))
     >>> class_ids(prompt, [{"mood": "positive"}, {"mood": "negative"}])
@@ -107,7 +109,8 @@ def class_ids(prompt: Prompt, rows: Sequence[Row]) -> np.ndarray:
     for i, row in enumerate(rows):
         if prompt.label not in row:
             raise ValueError(
-                f"row {i} has no label column {prompt.label!r}: it has {', '.join(row)}"
+                f"{place(row, f'{where}row {i}')} has no label column {prompt.label!r}: it has "
+                f"{', '.join(row)}"
             )
         label = row[prompt.label]
         if isinstance(label, bool):
@@ -117,14 +120,14 @@ def class_ids(prompt: Prompt, rows: Sequence[Row]) -> np.ndarray:
         if str(label) not in found:
             hidden = "; -1 stands for a hidden label: use another split" if label == -1 else ""
             raise ValueError(
-                f"row {i} has {prompt.label}={label!r}, which is none of the classes "
-                f"{', '.join(names)}{hidden}"
+                f"{place(row, f'{where}row {i}')} has {prompt.label}={label!r}, which is none of "
+                f"the classes {', '.join(names)}{hidden}"
             )
         ids[i] = found[str(label)]
     return ids
 
 
-def references(prompt: Prompt, rows: Sequence[Row]) -> list[list[str]]:
+def references(prompt: Prompt, rows: Sequence[Row], where: str = "") -> list[list[str]]:
     """Returns the reference answers of each row, at least one, for a prompt without verbalizers.
 
     Raises:
@@ -134,12 +137,14 @@ def references(prompt: Prompt, rows: Sequence[Row]) -> list[list[str]]:
     for i, row in enumerate(rows):
         answers = row.get(prompt.label)
         answers = [answers] if isinstance(answers, str) else answers
-        if not isinstance(answers, list) or not all(isinstance(a, str) and a for a in answers):
+        if not isinstance(answers, list) or not all(
+            isinstance(a, str) and a.strip() for a in answers
+        ):
             answers = []
         if not answers:
             raise ValueError(
-                f"row {i} has {prompt.label}={row.get(prompt.label)!r}: expected an answer, or a "
-                "list of them, as text"
+                f"{place(row, f'{where}row {i}')} has {prompt.label}={row.get(prompt.label)!r}: "
+                "expected an answer, or a list of them, as text"
             )
         found.append(answers)
     return found
@@ -156,22 +161,28 @@ def check(prompt: Prompt, rows: Sequence[Row], name: str) -> None:
     if not rows:
         raise ValueError(f"{name} has no rows")
     _check_words(prompt)
-    for column in columns(prompt.template):
-        for i, row in enumerate(rows):
+    named = columns(prompt.template)
+    for i, row in enumerate(rows):
+        for column in named:
             if column not in row:
                 raise ValueError(_lacks(column, prompt.template, name, row))
-            if not isinstance(row[column], str | int | float):
+            value = row[column]
+            plain = isinstance(value, str | int | float)
+            if not plain or (isinstance(value, float) and not math.isfinite(value)):
                 raise ValueError(
-                    f"{name}, row {i} has {column}={row[column]!r}: templates take text or numbers"
+                    f"{place(row, f'{name}, row {i}')} has {column}={value!r}: templates take text "
+                    "or finite numbers"
                 )
+        if named and not any(str(row[column]).strip() for column in named):
+            raise ValueError(
+                f"{place(row, f'{name}, row {i}')} has nothing in {', '.join(named)}: remove it or "
+                "write its text"
+            )
     if prompt.label not in rows[0]:
         raise ValueError(
             f"{name} has no label column {prompt.label!r}: it has {', '.join(rows[0])}"
         )
-    try:
-        _answers(prompt, rows)
-    except ValueError as error:
-        raise ValueError(f"{name}, {error}") from None
+    _answers(prompt, rows, f"{name}, ")
 
 
 def parse_verbalizers(spec: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -231,8 +242,8 @@ def _check_words(prompt: Prompt) -> None:
         raise ValueError(f"there must be one label for each verbalizer, got {labels} for {answers}")
 
 
-def _answers(prompt: Prompt, rows: Sequence[Row]) -> list[str]:
+def _answers(prompt: Prompt, rows: Sequence[Row], where: str = "") -> list[str]:
     """Returns the right answer of each row, the first of several."""
     if prompt.answers is None:
-        return [answers[0] for answers in references(prompt, rows)]
-    return [prompt.answers[i] for i in class_ids(prompt, rows)]
+        return [answers[0] for answers in references(prompt, rows, where)]
+    return [prompt.answers[i] for i in class_ids(prompt, rows, where)]
