@@ -324,7 +324,7 @@ def test_damaged_safetensors_are_refused(tmp_path):
     with open(path, "wb") as file:
         file.write(content.replace(b"[64]", b"[16]"))
     with pytest.raises(
-        ValueError, match=r"'a' takes 256 bytes, which do not fit F32 \[16\]: fetch"
+        ValueError, match=r"'a' takes 256 bytes, which its shape \(16,\) of F32 does not: fetch"
     ):
         safetensors_files.tensors(path)
     with open(path, "wb") as file:
