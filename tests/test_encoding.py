@@ -9,10 +9,11 @@ import tiny_texts
 from zofl_jax.tasks import encoding
 
 
-def test_every_prompt_ends_in_the_last_column_and_keeps_its_first_token():
+def test_every_prompt_ends_in_the_last_column_and_keeps_its_first_tokens():
     texts = [[9, 1], [9, 1, 2, 3, 4, 5], [9]]
-    encoded = encoding.pad_left(texts, limit=4, pad_id=0)
+    encoded = encoding.pad_left(texts, limit=4, pad_id=0, kept=1)
     assert encoded.tokens.tolist() == [[0, 0, 9, 1], [9, 3, 4, 5], [0, 0, 0, 9]]
+    assert encoding.pad_left(texts, 4, 0).tokens.tolist()[1] == [2, 3, 4, 5]
     assert encoded.length.tolist() == [2, 4, 1]
     assert encoded.num_truncated == 1
 
@@ -30,15 +31,7 @@ def test_answers_are_cut_at_their_end():
 )
 def test_padding_refuses(ids, limit, message):
     with pytest.raises(ValueError, match=message):
-        encoding.pad_left(ids, limit, 0)
-
-
-def test_the_token_that_starts_a_text_stands_there_once():
-    words = tiny_texts.tokenizer()
-    ids = encoding.prompt_ids(words, "A lovely film")
-    assert ids[0] == words.bos_id
-    assert words.bos_id not in ids[1:]
-    assert encoding.prompt_ids(words._replace(bos_id=None), "A lovely film") == ids[1:]
+        encoding.pad_left(ids, limit, 0, kept=1)
 
 
 def test_a_verbalizer_of_several_tokens_is_refused_with_its_tokens():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 library = pytest.importorskip("tokenizers")
-from tokenizers import decoders, models, pre_tokenizers, trainers  # noqa: E402
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 
 from zofl_jax.models import tokenizers as tokenizers_  # noqa: E402
 
@@ -98,6 +98,67 @@ def test_gguf_vocabulary_equals_transformers(pre, kind, transformers):
     check(ours, without_special(theirs))
     assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.pad_id) == (420, 1, 2, 2)
     assert ours.encode("film") == ours.encode("film", special=False)
+
+
+@pytest.mark.parametrize(
+    ("pre", "said", "first"),
+    [
+        # What llama.cpp does where the file says nothing.
+        *(("llama-bpe", None, True), ("smaug-bpe", None, False), ("smollm", None, False)),
+        *(("qwen2", None, False), ("gpt-2", None, False)),
+        *(("llama-bpe", False, False), ("qwen2", True, True), ("smollm", False, False)),
+    ],
+)
+def test_bos_stands_first_where_the_gguf_file_says_so(pre, said, first):
+    changes = {} if said is None else {"add_bos_token": said}
+    ours = tokenizers_.from_gguf(metadata(train(byte_level()), pre, **changes))
+    assert ours.bos_id == 1
+    assert ours.encode("good") == [1] * first + ours.encode("good", special=False)
+
+
+@pytest.mark.parametrize("around", [(), ("<s>",), ("<s>", "</s>"), (None, "</s>"), ("<s>", "<s>")])
+@pytest.mark.parametrize("said", [True, False])
+def test_bos_stands_first_where_tokenizer_json_says_so(around, said, transformers, tmp_path):
+    """`add_bos_token` counts for nothing beside it, and what it puts behind a text is left out."""
+    backend = train(byte_level())
+    before, after = [[name] * (name is not None) for name in (*around, None, None)[:2]]
+    if around:
+        special = [(name, SPECIAL.index(name)) for name in {*before, *after}]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after], special_tokens=special
+        )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": said}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours = tokenizers_.from_folder(str(tmp_path))
+    for text in ("good film", ""):
+        assert [*ours.encode(text), *map(SPECIAL.index, after)] == theirs(text)["input_ids"]
+    assert ours.encode("film").count(1) == len(before)
+
+
+@pytest.mark.parametrize(("choice", "first"), [("auto", [2]), ("always", [2, 1]), ("never", [])])
+def test_another_choice_of_bos_is_saved(choice, first, transformers, tmp_path):
+    backend = train(byte_level())
+    ours = tokenizers_.Tokenizer(backend, 2, 1, 1, prefix=(2,) if choice == "auto" else (1,))
+    if choice == "never":
+        ours = ours._replace(prefix=(2,))
+    ours = ours.with_bos(choice)
+    assert ours.encode("film") == [*first, *backend.encode("film").ids]
+    ours.save(str(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("film")["input_ids"] == ours.encode("film")
+    assert backend.post_processor is None
+    assert tokenizers_.from_folder(str(tmp_path))[1:] == ours[1:]
+
+
+def test_bos_that_no_file_names_cannot_stand_first():
+    ours = tokenizers_.Tokenizer(train(byte_level()))
+    assert ours.with_bos("never") == ours
+    with pytest.raises(ValueError, match="the model's files name none: use auto or never"):
+        ours.with_bos("always")
+    with pytest.raises(ValueError, match="bos='yes' is not understood: use auto, always or never"):
+        ours.with_bos("yes")
 
 
 def test_gguf_file_of_llama3_equals_transformers(transformers, tmp_path):

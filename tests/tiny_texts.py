@@ -45,7 +45,7 @@ def tokenizer(vocabulary=400):
     alone = ["Yes", "No", "Maybe"] * 8
     texts = [row["text"] + " It was bad good" for row in sentences(50)] + [words] * 8 + alone
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, bos_id=0, eos_id=1, pad_id=1)
+    return Tokenizer(backend, bos_id=0, eos_id=1, pad_id=1, prefix=(0,))
 
 
 def model(seed=0, **changes):

@@ -35,12 +35,15 @@ class Tokenizer(NamedTuple):
       bos_id: the token that starts a text, None if there is none.
       eos_id: the token that ends a text, None if there is none.
       pad_id: what fills a batch; masked wherever it stands.
+      prefix: what stands before a text, as the model's files say: BOS, for most. What a file
+        puts behind a text (EOS, SEP) is left out, since every text here is gone on with.
     """
 
     backend: tokenizers.Tokenizer
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int = 0
+    prefix: tuple[int, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -52,19 +55,47 @@ class Tokenizer(NamedTuple):
 
         Args:
           text: any text; special tokens written out in it become their ids.
-          special: adds what the model expects around a text, such as OPT's leading "</s>".
-            False for a text that continues another, such as a verbaliser.
+          special: puts `prefix` first, such as OPT's "</s>". False for a part of a text.
         """
-        return self.backend.encode(text, add_special_tokens=special).ids
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [*self.prefix, *ids] if special else ids
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Returns the text of ids, without special tokens unless `special`."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
+    def with_bos(self, choice: str) -> "Tokenizer":
+        """Returns the tokenizer with another choice of when BOS stands before a text.
+
+        Args:
+          choice: "auto" as the model's files say, "always" or "never".
+
+        Raises:
+          ValueError: for another choice, or "always" where the files name no such token.
+        """
+        if choice == "auto":
+            return self
+        if choice not in ("always", "never"):
+            raise ValueError(f"bos={choice!r} is not understood: use auto, always or never")
+        others = tuple(i for i in self.prefix if i != self.bos_id)
+        if choice == "never":
+            return self._replace(prefix=others)
+        if self.bos_id is None:
+            raise ValueError(
+                "bos='always' needs a token that starts a text, and the model's files name none: "
+                "use auto or never"
+            )
+        return self._replace(prefix=(self.bos_id, *others))
+
     def save(self, folder: str) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, as transformers reads them."""
+        """Writes `tokenizer.json` and `tokenizer_config.json`, as transformers reads them.
+
+        There a text gets the ids that `encode` gives it.
+        """
         os.makedirs(folder, exist_ok=True)
-        self.backend.save(os.path.join(folder, "tokenizer.json"))
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        _put_first(backend, self.prefix)
+        backend.save(os.path.join(folder, "tokenizer.json"))
         fields: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -110,7 +141,7 @@ def from_folder(folder: str) -> Tokenizer | None:
     if unknown:
         raise ValueError(f"{folder}: the special token {unknown[0]!r} is not in its vocabulary")
     bos_id, eos_id = ids.get("bos"), ids.get("eos")
-    return Tokenizer(backend, bos_id, eos_id, _padding(ids.get("pad"), eos_id))
+    return Tokenizer(backend, bos_id, eos_id, _padding(ids.get("pad"), eos_id), _prefix(backend))
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
@@ -154,11 +185,9 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
         if token_type in (_CONTROL, _USER_DEFINED):
             special = token_type == _CONTROL
             backend.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False)])
-    bos_id = get("bos_token_id")
-    if bos_id is not None and get("add_bos_token", starts_with_bos):
-        _put_first(backend, tokens[bos_id])
-    eos_id = get("eos_token_id")
-    return Tokenizer(backend, bos_id, eos_id, _padding(get("padding_token_id"), eos_id))
+    bos_id, eos_id = get("bos_token_id"), get("eos_token_id")
+    prefix = () if bos_id is None or not get("add_bos_token", starts_with_bos) else (bos_id,)
+    return Tokenizer(backend, bos_id, eos_id, _padding(get("padding_token_id"), eos_id), prefix)
 
 
 class _PreTokenizer(NamedTuple):
@@ -206,16 +235,30 @@ def _gpt2(
     backend.add_special_tokens([token for token in special.values() if token])
     bos = special["bos"]
     if bos and settings.get("add_bos_token", False):
-        _put_first(backend, bos)
+        _put_first(backend, [backend.get_vocab()[bos]])
     return backend
 
 
-def _put_first(backend: tokenizers.Tokenizer, token: str) -> None:
+def _put_first(backend: tokenizers.Tokenizer, ids: Sequence[int]) -> None:
+    """Lets the backend put these tokens, and nothing else, around a text."""
+    names = [backend.id_to_token(i) for i in ids]
     backend.post_processor = processors.TemplateProcessing(
-        single=[token, "$A"],
-        pair=[token, "$A", token, "$B"],
-        special_tokens=[(token, backend.token_to_id(token))],
+        single=[*names, "$A"],
+        pair=[*names, "$A", *names, "$B"],
+        special_tokens=list(dict(zip(names, ids, strict=True)).items()),
     )
+
+
+def _prefix(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """Returns what the backend's post-processor puts before a text."""
+    added = set(backend.encode("").ids)
+    for text in ("a", *backend.get_vocab()):
+        ids = backend.encode(text, add_special_tokens=False).ids
+        if ids and added.isdisjoint(ids):
+            whole = backend.encode(text).ids
+            starts = range(len(whole) - len(ids) + 1)
+            return tuple(whole[: next(i for i in starts if whole[i : i + len(ids)] == ids)])
+    return ()
 
 
 def _padding(pad_id: int | None, eos_id: int | None) -> int:

@@ -28,14 +28,8 @@ class Encoded(NamedTuple):
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the ids of a text that starts a sequence: with the token that starts a text.
-
-    Some tokenizers know such a token and leave it to their callers, as SmolLM2's does.
-    """
-    ids = tokenizer.encode(text)
-    if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:
-        return ids
-    return [tokenizer.bos_id, *ids]
+    """Returns the ids of a text that starts a sequence and goes on: see `Tokenizer.prefix`."""
+    return tokenizer.encode(text)
 
 
 def single_tokens(tokenizer: Tokenizer, answers: Sequence[str]) -> np.ndarray:
@@ -62,21 +56,25 @@ def single_tokens(tokenizer: Tokenizer, answers: Sequence[str]) -> np.ndarray:
     return np.array(list(found), np.int32)
 
 
-def pad_left(ids: Sequence[Sequence[int]], limit: int, pad_id: int) -> Encoded:
+def pad_left(ids: Sequence[Sequence[int]], limit: int, pad_id: int, kept: int = 0) -> Encoded:
     """Returns ids padded on the left to the longest; those over `limit` lose their beginning.
 
-    The first token stays where a text is cut: it is the one that starts a text.
+    Args:
+      ids: of each text.
+      limit: the longest allowed.
+      pad_id: the filling.
+      kept: tokens that stay at the front where a text is cut: see `Tokenizer.prefix`.
 
-    >>> pad_left([[1, 5], [1, 6, 7, 8]], limit=3, pad_id=0).tokens.tolist()
+    >>> pad_left([[1, 5], [1, 6, 7, 8]], limit=3, pad_id=0, kept=1).tokens.tolist()
     [[0, 1, 5], [1, 7, 8]]
 
     Raises:
-      ValueError: if there are no texts or one is empty, or for a limit below 2.
+      ValueError: if there are no texts or one is empty, or for a limit that leaves no text.
     """
-    if limit < 2:
-        raise ValueError(f"the longest prompt must have at least 2 tokens, got {limit}")
+    if limit < kept + 1:
+        raise ValueError(f"the longest prompt must have at least {kept + 1} tokens, got {limit}")
     _check(ids)
-    cut = [[x[0], *x[len(x) - limit + 1 :]] if len(x) > limit else x for x in ids]
+    cut = [[*x[:kept], *x[len(x) - limit + kept :]] if len(x) > limit else x for x in ids]
     length = np.array([len(x) for x in cut], np.int32)
     tokens = np.full((len(cut), np.max(length)), pad_id, np.int32)
     for row, x in zip(tokens, cut, strict=True):

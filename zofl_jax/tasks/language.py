@@ -322,7 +322,8 @@ def _prompts(
         encoding.prompt_ids(model.tokenizer, shown + prompts.render(prompt, row))
         for row in [*data.train, *data.test]
     ]
-    encoded = encoding.pad_left(ids, limit - reserved, model.tokenizer.pad_id)
+    kept = len(model.tokenizer.prefix)
+    encoded = encoding.pad_left(ids, limit - reserved, model.tokenizer.pad_id, kept)
     cut = len(data.train)
     parts = [
         {"tokens": encoded.tokens[rows], "length": encoded.length[rows]}
