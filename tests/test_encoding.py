@@ -43,6 +43,62 @@ def test_a_verbalizer_of_several_tokens_is_refused_with_its_tokens():
         encoding.single_tokens(words, [" bad", " bad"])
 
 
+def pieces(tokenizer, ids):
+    return [tokenizer.backend.id_to_token(i) for i in ids]
+
+
+SENTENCEPIECE = ["prepend", "first", "always", "never"]
+
+
+@pytest.mark.parametrize("scheme", SENTENCEPIECE)
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ("a film It was", " good", ["▁good"]),
+        ("a film?\n", "Yes", ["Yes"]),
+        ("a film?\n", " Yes", ["▁Yes"]),
+        ("a film It was", " good\n", ["▁good", "<0x0A>"]),
+        ("a film?\nYes", "\n", ["<0x0A>"]),
+        ("(", "Yes", ["Yes"]),
+        ("", " good", {"prepend": ["▁", "▁good"]}),
+        ("", "good", {"never": ["good"]}),
+    ],
+)
+def test_a_text_is_encoded_where_it_stands(scheme, prompt, answer, expected):
+    """With SentencePiece's vocabularies, a word behind a space and one behind a line break."""
+    words = tiny_texts.sentencepiece(scheme)
+    if isinstance(expected, dict):
+        expected = expected.get(scheme, ["▁good"])
+    before, ids = encoding.continued(words, prompt, answer)
+    assert before == encoding.prompt_ids(words, prompt)
+    assert pieces(words, ids) == expected
+    assert before + ids == [1, *words.backend.encode(prompt + answer).ids]
+
+
+@pytest.mark.parametrize("scheme", SENTENCEPIECE)
+def test_verbalizers_stand_behind_a_line_break_or_a_space(scheme):
+    words = tiny_texts.sentencepiece(scheme)
+    assert pieces(words, encoding.single_tokens(words, ["Yes", "No"]).tolist()) == ["Yes", "No"]
+    behind_words = encoding.single_tokens(words, [" good", " bad"]).tolist()
+    assert pieces(words, behind_words) == ["▁good", "▁bad"]
+
+
+def test_whitespace_that_is_cut_in_another_way_before_a_word():
+    """GPT-2 reads a line break alone before a word, and "\\n\\n" as one at the end."""
+    words = tiny_texts.tokenizer(texts=["\n\nYes\n\n"] * 20)
+    before, ids = encoding.continued(words, "film?\n\n", "Yes")
+    assert pieces(words, ids) == ["Yes"]
+    assert pieces(words, before)[-1] == "ĊĊ"
+    assert pieces(words, words.encode("film?\n\nYes"))[-3:] == ["Ċ", "Ċ", "Yes"]
+
+
+def test_a_prompt_that_is_joined_with_its_answer_is_refused():
+    message = "joins the end of the prompt, 'A film It was ', with 'good' into one token"
+    for words in (tiny_texts.tokenizer(), tiny_texts.sentencepiece("first")):
+        with pytest.raises(ValueError, match=message):
+            encoding.continued(words, "A film It was ", "good")
+
+
 def test_buckets_are_few_increase_and_end_at_the_longest():
     random = np.random.default_rng(0)
     for longest in (5, 8, 33, 64, 500):
