@@ -289,12 +289,158 @@ def test_truncation_and_padding_of_the_file_are_off(opt_folder, tmp_path):
     assert len(again.encode("good")) < 4
 
 
-def test_unknown_special_token_is_refused(opt_folder):
+def test_tokens_that_are_named_but_not_in_the_vocabulary(opt_folder):
+    """Padding is masked, so it can do without; what starts and ends a text can't."""
     tokenizers_.from_folder(str(opt_folder)).save(str(opt_folder))
-    settings = {"pad_token": "<nothing>"}
-    (opt_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    path = opt_folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"eos_token": "</s>", "pad_token": "<nothing>"}))
+    ours = tokenizers_.from_folder(str(opt_folder))
+    assert (ours.pad_id, ours.vocab_size) == (2, 420)
+    assert len(ours.encode("<nothing>")) > 3
+    path.write_text(json.dumps({"eos_token": "<nothing>"}))
     with pytest.raises(ValueError, match="the special token '<nothing>' is not in its vocabulary"):
         tokenizers_.from_folder(str(opt_folder))
+
+
+def test_a_padding_token_without_an_embedding_goes(opt_folder):
+    tokenizers_.from_folder(str(opt_folder)).save(str(opt_folder))
+    settings = {"eos_token": "</s>", "pad_token": "<pad>"}
+    settings["added_tokens_decoder"] = {"420": {"content": "<pad>", "special": True}}
+    (opt_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = tokenizers_.from_folder(str(opt_folder))
+    assert ours.encode("<pad>")[1:] == [ours.pad_id] == [420]
+    assert tokenizers_.fitted(ours, 421) == ours
+    fitted = tokenizers_.fitted(ours, 420)
+    assert (fitted.pad_id, fitted.vocab_size) == (2, 420)
+    assert fitted.encode("good</s>")[-1] == 2 and max(fitted.encode("<pad>")) < 420
+    with pytest.raises(ValueError, match="has 421 tokens and the model 419 embeddings"):
+        tokenizers_.fitted(ours, 419)
+
+
+CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def vocabulary_folder(folder, kind, model_type, **settings):
+    """Writes vocab.json and merges.txt, with a class's settings, and returns the size."""
+    backend = library.Tokenizer(models.BPE())
+    backend.pre_tokenizer = byte_level()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([*CORPUS, "# # 1234 ## 12 23"] * 2, trainer)
+    backend.model.save(str(folder))
+    if kind:
+        settings["tokenizer_class"] = kind
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return backend.get_vocab_size()
+
+
+def decoder_of(size, tokens, **fields):
+    fields = {"special": True, "normalized": False, "lstrip": False, "rstrip": False} | fields
+    return {str(size + i): {"content": token} | fields for i, token in enumerate(tokens)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type", "settings", "ids"),
+    [
+        ("Qwen2Tokenizer", "qwen2", {"bos_token": None, "eos_token": CHAT[2]}, (None, 2, 0)),
+        ("GPT2Tokenizer", "qwen2", {"add_prefix_space": True}, (None, 0, 0)),
+        ("Qwen2TokenizerFast", "qwen3", {"add_bos_token": True, "bos_token": CHAT[1]}, (1, 0, 0)),
+        (None, "qwen3", {"eos_token": CHAT[2], "pad_token": CHAT[1]}, (None, 2, 1)),
+        ("GPT2Tokenizer", "qwen3", {"add_prefix_space": True}, (0, 0, 0)),
+        ("GPT2TokenizerFast", "llama", {"add_bos_token": True, "pad_token": "[PAD]"}, (0, 0, 0)),
+        (None, "opt", {"bos_token": CHAT[2], "add_bos_token": True}, (2, 0, 0)),
+    ],
+)
+@pytest.mark.parametrize("older", [False, True])
+def test_folders_without_tokenizer_json_equal_transformers(
+    kind, model_type, settings, ids, older, transformers, tmp_path
+):
+    size = vocabulary_folder(tmp_path, kind, model_type, **settings)
+    if older:
+        added = {token: size + i for i, token in enumerate([*CHAT, "<tool>"])}
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+        named = {"additional_special_tokens": CHAT[1:]}
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+    else:
+        added = decoder_of(size, CHAT) | decoder_of(
+            size + 3, ["<tool>"], special=False, rstrip=True
+        )
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": added}))
+        # which counts for nothing beside it
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": CHAT[1]}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = tokenizers_.from_folder(str(tmp_path))
+    for text in [*TEXTS, *CORPUS[:5], "<|im_start|>user\n 2024 <tool> x<|im_end|>\n", "## # # 1"]:
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+        if not older:  # whose special tokens transformers only half takes note of
+            said = theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True)
+            assert ours.decode(ours.encode(text)) == said
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert [i - size if i is not None else None for i in ours[1:4]] == list(ids)
+    assert ours.pad_id == theirs.pad_token_id or settings.get("pad_token") in (None, "[PAD]")
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "model_type", "message"),
+    [
+        (
+            {"tokenizer.model": "x"},
+            {"tokenizer_class": "LlamaTokenizer"},
+            "llama",
+            "LlamaTokenizer",
+        ),
+        ({"vocab.txt": "x"}, {"tokenizer_class": "BertTokenizer"}, "opt", "BertTokenizer"),
+        ({"vocab.json": "{}"}, {"tokenizer_class": "GPT2Tokenizer"}, "opt", "GPT2Tokenizer"),
+        ({"vocab.json": "{}", "merges.txt": ""}, {}, "llama", "of an unnamed class"),
+        ({"vocab.json": "{}", "merges.txt": ""}, {"tokenizer_class": "CTRLTokenizer"}, "", "CTRL"),
+    ],
+)
+def test_folders_of_which_no_tokenizer_can_be_made(files, settings, model_type, message, tmp_path):
+    files["tokenizer_config.json"] = json.dumps(settings)
+    files["config.json"] = json.dumps({"model_type": model_type})
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    message = (
+        rf"no tokenizer.json, and its tokenizer, {message}.*, can't be made .* write one with "
+    )
+    with pytest.raises(ValueError, match=message.replace(".*,", "[a-zA-Z]*,")):
+        tokenizers_.from_folder(str(tmp_path))
+
+
+def test_tokens_in_the_settings_alone_count_beside_tokenizer_json(transformers, tmp_path):
+    backend = train(byte_level())
+    backend.add_tokens([library.AddedToken("<tool>", lstrip=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    added = decoder_of(420, ["<tool>", "<|im_end|>"])
+    settings = {"eos_token": "<|im_end|>", "added_tokens_decoder": added}
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(settings))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours = tokenizers_.from_folder(str(tmp_path))
+    text = "good <tool> film<|im_end|>"
+    assert ours.encode(text) == theirs(text)["input_ids"]
+    assert (ours.encode(text)[-1], ours.eos_id, ours.vocab_size) == (421, 421, 422)
+    assert ours.decode(ours.encode(text)) == "good  film"
+    settings["added_tokens_decoder"] = decoder_of(425, ["<|im_end|>"])
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"'<\|im_end\|>' has id 425 in added_tokens_decoder"):
+        tokenizers_.from_folder(str(tmp_path))
+
+
+def test_special_tokens_of_the_vocabulary_are_marked(opt_folder, transformers):
+    """A file may hold them as plain tokens, and name them in its settings alone."""
+    backend = train(byte_level())
+    fields = json.loads(backend.to_str())
+    fields["added_tokens"] = []
+    (opt_folder / "tokenizer.json").write_text(json.dumps(fields))
+    ours = tokenizers_.from_folder(str(opt_folder))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(opt_folder)
+    assert ours.encode("good</s>film") == theirs("good</s>film")["input_ids"]
+    assert ours.encode("good</s>film").count(2) == 1
+    assert ours.decode(ours.encode("good</s>film")) == "goodfilm"
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
