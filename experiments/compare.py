@@ -222,6 +222,7 @@ def _run(
         return contextlib.nullcontext(bar)
 
     path = workdir / method.folder / f"lr{rate:g}-seed{seed}"
+    values = config.resumed(values, path)
     with open_run(path, values, train.MAY_CHANGE) as run:
         summary = run.read_summary()
         if summary:  # results of other data would stand in the same table

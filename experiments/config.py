@@ -32,7 +32,7 @@ from zofl_jax.core import ServerState, Task
 from zofl_jax.data import partition, sources, tfds
 from zofl_jax.models import cnn, mlp
 from zofl_jax.processes import Team
-from zofl_jax.runs import open_run
+from zofl_jax.runs import open_run, read_flags
 from zofl_jax.tasks import benchmarks, objectives, quadratic, vision
 
 if TYPE_CHECKING:
@@ -374,6 +374,17 @@ def at_learning_rate(experiment: Experiment, values: Values, devices: int | None
     """
     simulator = _simulator(values, experiment.task, _mesh(values, devices))
     return experiment._replace(simulator=simulator)
+
+
+def resumed(values: Values, workdir: Path) -> dict[str, Any]:
+    """Returns the flags with which a command goes on with the run in `workdir`, if there is one.
+
+    Raises:
+      RunError: if its flags can't be read.
+    """
+    if not (workdir / "flags.json").exists():
+        return dict(values)
+    return language.resumed(values, read_flags(workdir))
 
 
 def rebuild(

@@ -57,6 +57,13 @@ flags.DEFINE_enum(
     "What the factors of a language model's products with weights are rounded to; sums stay "
     "float32. bfloat16 is two to three times as fast on CPUs with AMX, and what TPUs do anyway.",
 )
+flags.DEFINE_enum(
+    "bos",
+    None,
+    ["auto", "always", "never"],
+    "Whether the token that starts a text (BOS) stands before every prompt: as the model's files "
+    "say (auto, unless given), always or never.",
+)
 flags.DEFINE_integer("lora_rank", 0, "Rank of LoRA adapters; 0 trains the weights.", lower_bound=0)
 flags.DEFINE_float("lora_alpha", 16.0, "α of LoRA: adapters are scaled by α / rank.")
 flags.DEFINE_string(
@@ -122,6 +129,7 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
     """
     task = values["task"]
     values.update({name: value for name, value in DEFAULTS.items() if name not in given})
+    values["bos"] = values["bos"] or "auto"
     if values["model"] is None:
         values["model"] = f"gguf:{fetch.default_model_path()}"
     if values["model"].partition(":")[0] not in ("gguf", "hf"):
@@ -167,6 +175,20 @@ def fill_in(values: dict[str, Any], given: set[str]) -> None:
         )
     if values["partition"] == "natural" and values["client_column"] is None:
         raise ValueError("--partition=natural needs --client_column with each example's owner")
+
+
+def resumed(values: Values, recorded: Values) -> dict[str, Any]:
+    """Returns the flags with which a command goes on with a run.
+
+    Runs from before `--bos` put the token first wherever there was one, whatever the model's
+    files said. They go on so unless told otherwise, and then a flag differs from theirs.
+
+    Args:
+      values: of the command.
+      recorded: the run's.
+    """
+    given = values["bos"] != "auto" or not FLAGS["bos"].using_default_value
+    return dict(values) if given or recorded.get("bos") else {**values, "bos": None}
 
 
 def build(
@@ -265,6 +287,9 @@ def load_model(values: Values, root: keys.RootKeys) -> "LanguageModel":
             "smollm2 fetches the one that is used unless another is given"
         )
     config, params, tokenizer = weights.load(values["model"], values["dtype"])
+    if tokenizer is not None:
+        older = "auto" if tokenizer.bos_id is None else "always"  # see `resumed`
+        tokenizer = tokenizer.with_bos(values.get("bos") or older)
     pattern = values["train_only"]
     return language.adapt(
         dataclasses.replace(config, matmul_dtype=values["matmul_dtype"]),

@@ -100,6 +100,8 @@ class SnapshotClock:
 def main() -> None:
     """Runs the experiment that the flags describe."""
     values = config.resolve()
+    if FLAGS.workdir:
+        values = config.resumed(values, Path(FLAGS.workdir).expanduser())
     check_diagnose_every(values)
     if FLAGS.distributed:
         if FLAGS.auto_lr:

@@ -434,11 +434,11 @@ FAULTS = (
     ),
     Fault(
         "bos_never_added",
-        "zofl_jax/tasks/encoding.py",
-        "if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:",
-        "if tokenizer.bos_id is None or ids[:1] != [tokenizer.bos_id]:",
-        "Prompts lack the token that starts a text, or have it twice.",
-        ("encoding",),
+        "zofl_jax/models/tokenizers.py",
+        "return [*self.prefix, *ids] if special else ids",
+        "return ids",
+        "Prompts lack the token that starts a text.",
+        ("tokenizers",),
     ),
     Fault(
         "padding_attended",

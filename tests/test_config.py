@@ -85,6 +85,21 @@ def test_convolutional_models_take_a_client_at_a_time():
     assert resolve("--model=mlp")["clients_at_once"] == 0
 
 
+def test_runs_from_before_bos_was_a_flag_go_on_with_it_before_every_text(tmp_path):
+    recorded = tmp_path / "flags.json"
+    texts = ("--task=text", "--data_dir=x.tsv", "--model=hf:x", "--verbalizers=0=bad,1=good")
+    assert resolve()["bos"] is None
+    values = resolve(*texts)
+    assert values["bos"] == config.resumed(values, tmp_path)["bos"] == "auto"
+    for old, bos in [({}, None), ({"bos": "auto"}, "auto"), ({"bos": "always"}, "auto")]:
+        recorded.write_text(json.dumps(old))
+        assert config.resumed(values, tmp_path) == values | {"bos": bos}
+    recorded.write_text("{}")
+    with flagsaver.flagsaver():
+        config.FLAGS(["train", *texts, "--bos=auto"])
+        assert config.resumed(config.resolve(), tmp_path)["bos"] == "auto"  # open_run refuses it
+
+
 def test_texts_take_as_many_clients_at_a_time_as_memory_holds(monkeypatch):
     root, task = keys.root(0), softmax_task()
     values = resolve("--clients_per_round=5", f"--batch_size={BATCH_SIZE}")

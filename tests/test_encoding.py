@@ -9,10 +9,11 @@ import tiny_texts
 from zofl_jax.tasks import encoding
 
 
-def test_every_prompt_ends_in_the_last_column_and_keeps_its_first_token():
+def test_every_prompt_ends_in_the_last_column_and_keeps_its_first_tokens():
     texts = [[9, 1], [9, 1, 2, 3, 4, 5], [9]]
-    encoded = encoding.pad_left(texts, limit=4, pad_id=0)
+    encoded = encoding.pad_left(texts, limit=4, pad_id=0, kept=1)
     assert encoded.tokens.tolist() == [[0, 0, 9, 1], [9, 3, 4, 5], [0, 0, 0, 9]]
+    assert encoding.pad_left(texts, 4, 0).tokens.tolist()[1] == [2, 3, 4, 5]
     assert encoded.length.tolist() == [2, 4, 1]
     assert encoded.num_truncated == 1
 
@@ -30,15 +31,7 @@ def test_answers_are_cut_at_their_end():
 )
 def test_padding_refuses(ids, limit, message):
     with pytest.raises(ValueError, match=message):
-        encoding.pad_left(ids, limit, 0)
-
-
-def test_the_token_that_starts_a_text_stands_there_once():
-    words = tiny_texts.tokenizer()
-    ids = encoding.prompt_ids(words, "A lovely film")
-    assert ids[0] == words.bos_id
-    assert words.bos_id not in ids[1:]
-    assert encoding.prompt_ids(words._replace(bos_id=None), "A lovely film") == ids[1:]
+        encoding.pad_left(ids, limit, 0, kept=1)
 
 
 def test_a_verbalizer_of_several_tokens_is_refused_with_its_tokens():
@@ -48,6 +41,62 @@ def test_a_verbalizer_of_several_tokens_is_refused_with_its_tokens():
         encoding.single_tokens(words, [" bad", " xyz"])
     with pytest.raises(ValueError, match="same token"):
         encoding.single_tokens(words, [" bad", " bad"])
+
+
+def pieces(tokenizer, ids):
+    return [tokenizer.backend.id_to_token(i) for i in ids]
+
+
+SENTENCEPIECE = ["prepend", "first", "always", "never"]
+
+
+@pytest.mark.parametrize("scheme", SENTENCEPIECE)
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ("a film It was", " good", ["▁good"]),
+        ("a film?\n", "Yes", ["Yes"]),
+        ("a film?\n", " Yes", ["▁Yes"]),
+        ("a film It was", " good\n", ["▁good", "<0x0A>"]),
+        ("a film?\nYes", "\n", ["<0x0A>"]),
+        ("(", "Yes", ["Yes"]),
+        ("", " good", {"prepend": ["▁", "▁good"]}),
+        ("", "good", {"never": ["good"]}),
+    ],
+)
+def test_a_text_is_encoded_where_it_stands(scheme, prompt, answer, expected):
+    """With SentencePiece's vocabularies, a word behind a space and one behind a line break."""
+    words = tiny_texts.sentencepiece(scheme)
+    if isinstance(expected, dict):
+        expected = expected.get(scheme, ["▁good"])
+    before, ids = encoding.continued(words, prompt, answer)
+    assert before == encoding.prompt_ids(words, prompt)
+    assert pieces(words, ids) == expected
+    assert before + ids == [1, *words.backend.encode(prompt + answer).ids]
+
+
+@pytest.mark.parametrize("scheme", SENTENCEPIECE)
+def test_verbalizers_stand_behind_a_line_break_or_a_space(scheme):
+    words = tiny_texts.sentencepiece(scheme)
+    assert pieces(words, encoding.single_tokens(words, ["Yes", "No"]).tolist()) == ["Yes", "No"]
+    behind_words = encoding.single_tokens(words, [" good", " bad"]).tolist()
+    assert pieces(words, behind_words) == ["▁good", "▁bad"]
+
+
+def test_whitespace_that_is_cut_in_another_way_before_a_word():
+    """GPT-2 reads a line break alone before a word, and "\\n\\n" as one at the end."""
+    words = tiny_texts.tokenizer(texts=["\n\nYes\n\n"] * 20)
+    before, ids = encoding.continued(words, "film?\n\n", "Yes")
+    assert pieces(words, ids) == ["Yes"]
+    assert pieces(words, before)[-1] == "ĊĊ"
+    assert pieces(words, words.encode("film?\n\nYes"))[-3:] == ["Ċ", "Ċ", "Yes"]
+
+
+def test_a_prompt_that_is_joined_with_its_answer_is_refused():
+    message = "joins the end of the prompt, 'A film It was ', with 'good' into one token"
+    for words in (tiny_texts.tokenizer(), tiny_texts.sentencepiece("first")):
+        with pytest.raises(ValueError, match=message):
+            encoding.continued(words, "A film It was ", "good")
 
 
 def test_buckets_are_few_increase_and_end_at_the_longest():

@@ -285,9 +285,56 @@ def test_long_texts_lose_their_beginning_and_are_counted(model):
     assert np.all(np.asarray(built.task.test["tokens"])[:, -len(tail) :] == tail)
 
 
+def test_answers_are_encoded_behind_their_prompts():
+    """With SentencePiece's vocabularies, behind a line break words begin in another way."""
+    words = tiny_texts.sentencepiece("prepend")
+    model = language.LanguageModel(tiny_texts.model()[0], words, {}, {})
+    rows = [{"text": "a film?", "label": i, "answer": word} for i, word in enumerate(("No", "Yes"))]
+    data = TextData(rows, rows, "questions")
+    order = np.arange(2), np.array([0, 2])
+
+    def answers(template):
+        prompt = prompts.Prompt(template, None, "answer")
+        examples = language.generation(model, data, prompt, *order).task.train.examples
+        found = zip(examples["answer"], examples["answer_length"], strict=True)
+        return [[words.backend.id_to_token(int(i)) for i in ids[:n]] for ids, n in found]
+
+    assert answers("{text}\n") == [["No", "<0x0A>"], ["Yes", "<0x0A>"]]
+    assert answers("{text}") == [["▁No", "<0x0A>"], ["▁Yes", "<0x0A>"]]
+    stops = language.stop_ids(model)
+    for written in ("▁Yes", "Yes"):
+        ids = [words.backend.token_to_id(piece) for piece in (written, "<0x0A>", "▁No")]
+        assert language.answer_text(words, ids, stops) == "Yes"
+
+
+def test_a_mark_with_a_line_break_ends_an_answer(model):
+    """As "." with a line break in one token does with Llama 3's and Qwen's vocabularies."""
+    words = tiny_texts.tokenizer()
+    words.backend.add_tokens([".\n"])
+    dot = words.vocab_size - 1
+    stops = language.stop_ids(model._replace(tokenizer=words))
+    assert {1, dot, *words.encode("\n", special=False)} <= set(stops)
+    good = words.encode(" good", special=False)
+    assert language.answer_text(words, [*good, dot, *good], stops) == "good."
+    assert language.answer_text(words, [*good, 1, *good], stops) == "good"
+    assert language.answer_text(words, good, stops) == "good"
+
+
+def test_verbalizers_are_those_behind_every_prompt(model):
+    """Where texts end a prompt, each may be followed in another way."""
+    rows = [{"text": text, "label": i} for i, text in enumerate(("a film", "a story\n"))]
+    prompt = PROMPT._replace(template="{text}", answers=("Yes", "No"))
+    with pytest.raises(ValueError, match=r"behind the prompts ending in 'a film' and 'a story"):
+        language.classification(model, TextData(rows, rows, ""), prompt, None, None)
+    words = prompt._replace(template="{text}\nThat is?\n")
+    chosen = language._verbalizers(model.tokenizer, words, ["a film\nThat is?\n"])
+    assert [model.tokenizer.decode([i]) for i in chosen] == ["Yes", "No"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"prompt": PROMPT._replace(template="{text} It was ")}, "joins the end of the prompt"),
         ({"prompt": PROMPT._replace(template="{sentence} It was")}, "'sentence'.*has text, label"),
         ({"prompt": PROMPT._replace(answers=("bad", "marvellous"))}, "is not one token but"),
         ({"prompt": ANSWER}, "no verbalizers"),

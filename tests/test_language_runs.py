@@ -189,6 +189,43 @@ def test_the_dtype_of_products_is_the_models(commands):
     assert load_model(values, keys.root(0)).config.matmul_dtype == "bfloat16"
 
 
+def test_bos_stands_where_the_run_says(commands):
+    with flagsaver.flagsaver():
+        config.FLAGS(["train", *SHARED, f"--model=hf:{commands.folder / 'model'}"])
+        values = config.resolve()
+
+    def first(bos):
+        return load_model(values | {"bos": bos}, keys.root(0)).tokenizer.prefix
+
+    assert first("auto") == first("always") == first(None) == (0,)
+    assert first("never") == ()
+    config_file = commands.folder / "model" / "tokenizer_config.json"
+    text = config_file.read_text()
+    config_file.write_text(text.replace('"bos_token": "<s>",', ""))
+    try:
+        assert first(None) == (0,)  # as tokenizer.json says
+        with pytest.raises(ValueError, match="name none: use auto or never"):
+            first("always")
+    finally:
+        config_file.write_text(text)
+
+
+def test_a_run_from_before_bos_was_a_flag_goes_on(trained, commands):
+    path = trained[0] / "flags.json"
+    text = path.read_text()
+    recorded = json.loads(text)
+    assert recorded.pop("bos") == "auto"
+    flags = ("train", *SHARED, "--model=hf:model", *ADAPTERS)
+    path.write_text(json.dumps(recorded))
+    try:
+        ended = commands.in_turn(*flags)
+        assert ended.code == 0 and "is complete" in ended.out, ended.err
+        ended = commands.in_turn(*flags, "--bos=auto")
+        assert ended.code == 1 and "--bos is 'auto' but the run in adapted" in ended.err
+    finally:
+        path.write_text(text)
+
+
 REFUSED = {
     "--model=softmax": "--model=softmax is no language model: use gguf:FILE or hf:FOLDER_OR_NAME",
     "--model=hf:nowhere": "nowhere",

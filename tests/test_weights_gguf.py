@@ -25,9 +25,12 @@ def interleave(matrix, heads):
     return halves.swapaxes(1, 2).reshape(matrix.shape)
 
 
-def write_gguf(path, architecture, model, kind="F32", divisors=None):
+def write_gguf(path, architecture, model, kind="F32", divisors=None, metadata=None):
     """Writes a transformers model as GGUF, matrices quantised as `kind`."""
     writer = gguf.GGUFWriter(str(path), architecture)
+    for key, value in (metadata or {}).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+        add.get(type(value), writer.add_array)(key, value)
     writer.add_context_length(64)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(model.config.num_hidden_layers)

@@ -28,8 +28,8 @@ def data(train=64, test=24):
     return TextData(sentences(train), sentences(test, 1), "sentences")
 
 
-def tokenizer(vocabulary=400):
-    """Returns a byte-level BPE in which a word of the texts is one token."""
+def tokenizer(vocabulary=400, texts=()):
+    """Returns a byte-level BPE in which a word of the texts, and of more of them, is one token."""
     from zofl_jax.models.tokenizers import Tokenizer
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -43,9 +43,51 @@ def tokenizer(vocabulary=400):
         show_progress=False,
     )
     alone = ["Yes", "No", "Maybe"] * 8
-    texts = [row["text"] + " It was bad good" for row in sentences(50)] + [words] * 8 + alone
-    backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, bos_id=0, eos_id=1, pad_id=1)
+    made = [row["text"] + " It was bad good" for row in sentences(50)] + [words] * 8 + alone
+    backend.train_from_iterator([*made, *texts], trainer)
+    return Tokenizer(backend, bos_id=0, eos_id=1, pad_id=1, prefix=(0,))
+
+
+def sentencepiece(scheme):
+    """Returns a tokenizer in the style of Llama 2's, with words of the texts.
+
+    Args:
+      scheme: how the space before a text is made: "prepend", a normaliser, as in Llama 2's
+        file, or Metaspace's "first", "always", "never".
+    """
+    from zofl_jax.models.tokenizers import Tokenizer
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    merges = []
+    alone = ["Yes", "No", "good", "bad", "film", "It", "was", "a"]
+    for word in [f"▁{word}" for word in alone] + alone + ["▁▁"]:
+        for i, character in enumerate(word):
+            vocabulary.setdefault(character, len(vocabulary))
+            if i and word[: i + 1] not in vocabulary:
+                vocabulary[word[: i + 1]] = len(vocabulary)
+                merges.append((word[:i], character))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True
+        )
+    )
+    decode = tokenizers.decoders
+    steps = [decode.Replace("▁", " "), decode.ByteFallback(), decode.Fuse()]
+    if scheme == "prepend":
+        normalise = tokenizers.normalizers
+        backend.normalizer = normalise.Sequence(
+            [normalise.Prepend("▁"), normalise.Replace(" ", "▁")]
+        )
+    else:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+            replacement="▁", prepend_scheme=scheme, split=False
+        )
+    if scheme != "never":
+        steps.append(decode.Strip(content=" ", left=1))
+    backend.decoder = decode.Sequence(steps)
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return Tokenizer(backend, bos_id=1, eos_id=2, pad_id=2, prefix=(1,))
 
 
 def model(seed=0, **changes):

@@ -22,7 +22,7 @@ from zofl_jax import keys
 from zofl_jax.core import Params
 from zofl_jax.models import transformer, weights_hf
 from zofl_jax.models.architectures import Config
-from zofl_jax.models.tokenizers import Tokenizer, check_vocabulary, from_folder, from_gguf
+from zofl_jax.models.tokenizers import Tokenizer, fitted, from_folder, from_gguf
 
 _SUFFIXES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
@@ -80,7 +80,7 @@ def load(
         raise ValueError(f"model {spec!r} is not understood: use gguf:PATH or hf:PATH_OR_NAME")
     config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=compute_dtype or dtype)
     if tokenizer is not None:
-        check_vocabulary(tokenizer, config.vocab_size)
+        tokenizer = fitted(tokenizer, config.vocab_size)
     return config, _fill(config, modules, tensors), tokenizer
 
 

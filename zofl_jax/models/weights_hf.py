@@ -26,6 +26,7 @@ FILES: tuple[str, ...] = (
     "*.safetensors.index.json",
     "tokenizer*.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.json",
     "merges.txt",
 )

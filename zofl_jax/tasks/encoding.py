@@ -5,6 +5,7 @@ left where they are too long. `in_buckets` evaluates a function on the shortest 
 lengths that holds all prompts of a batch: shapes stay few, and padding costs little.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,25 +29,51 @@ class Encoded(NamedTuple):
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the ids of a text that starts a sequence: with the token that starts a text.
-
-    Some tokenizers know such a token and leave it to their callers, as SmolLM2's does.
-    """
-    ids = tokenizer.encode(text)
-    if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:
-        return ids
-    return [tokenizer.bos_id, *ids]
+    """Returns the ids of a text that starts a sequence and goes on: see `Tokenizer.prefix`."""
+    return tokenizer.encode(text)
 
 
-def single_tokens(tokenizer: Tokenizer, answers: Sequence[str]) -> np.ndarray:
-    """Returns the ids of answers that are one token each, int32 [C].
+def continued(tokenizer: Tokenizer, prompt: str, text: str) -> tuple[list[int], list[int]]:
+    r"""Returns the ids of a prompt, and those of a text as it stands behind the prompt.
+
+    A tokenizer in the style of SentencePiece puts a space before a text, so that "Yes" alone
+    becomes "▁Yes", which is another token than "Yes" after a line break. So both are encoded
+    together, and the prompt alone, as a model reads it that writes what follows. Where
+    whitespace at its end is cut in another way once a word follows (GPT-2's "\n\n"), the text
+    begins where the same characters have been read.
 
     Raises:
-      ValueError: for an answer of several tokens (they are listed), or two with the same token.
+      ValueError: if one token holds the end of the prompt and the beginning of the text.
+    """
+    before, whole = prompt_ids(tokenizer, prompt), prompt_ids(tokenizer, prompt + text)
+    pairs = enumerate(itertools.zip_longest(before, whole))
+    same = next((i for i, (ours, theirs) in pairs if ours != theirs), len(before))
+    if same == len(before):
+        return before, whole[same:]
+    first = max(same - 1, 0)  # decoders leave out a space before the first token alone
+    end = tokenizer.decode(before[first:], special=True)
+    for begin in range(same, len(whole) + 1):
+        read = tokenizer.decode(whole[first:begin], special=True)
+        if read == end:
+            return before, whole[begin:]
+        if len(read) > len(end):
+            break
+    raise ValueError(
+        f"the tokenizer joins the end of the prompt, {prompt[-20:]!r}, with {text!r} into one "
+        "token: let the template end in a word or a mark, not in a space"
+    )
+
+
+def single_tokens(tokenizer: Tokenizer, answers: Sequence[str], prompt: str = "\n") -> np.ndarray:
+    """Returns the ids of answers that are one token each behind a prompt, int32 [C].
+
+    Raises:
+      ValueError: for an answer of several tokens (they are listed), or two with the same token,
+        or as `continued`.
     """
     found: dict[int, str] = {}
     for answer in answers:
-        ids = tokenizer.encode(answer, special=False)
+        _, ids = continued(tokenizer, prompt, answer)
         if len(ids) != 1:
             pieces = ", ".join(repr(tokenizer.decode([i], special=True)) for i in ids)
             raise ValueError(
@@ -62,21 +89,25 @@ def single_tokens(tokenizer: Tokenizer, answers: Sequence[str]) -> np.ndarray:
     return np.array(list(found), np.int32)
 
 
-def pad_left(ids: Sequence[Sequence[int]], limit: int, pad_id: int) -> Encoded:
+def pad_left(ids: Sequence[Sequence[int]], limit: int, pad_id: int, kept: int = 0) -> Encoded:
     """Returns ids padded on the left to the longest; those over `limit` lose their beginning.
 
-    The first token stays where a text is cut: it is the one that starts a text.
+    Args:
+      ids: of each text.
+      limit: the longest allowed.
+      pad_id: the filling.
+      kept: tokens that stay at the front where a text is cut: see `Tokenizer.prefix`.
 
-    >>> pad_left([[1, 5], [1, 6, 7, 8]], limit=3, pad_id=0).tokens.tolist()
+    >>> pad_left([[1, 5], [1, 6, 7, 8]], limit=3, pad_id=0, kept=1).tokens.tolist()
     [[0, 1, 5], [1, 7, 8]]
 
     Raises:
-      ValueError: if there are no texts or one is empty, or for a limit below 2.
+      ValueError: if there are no texts or one is empty, or for a limit that leaves no text.
     """
-    if limit < 2:
-        raise ValueError(f"the longest prompt must have at least 2 tokens, got {limit}")
+    if limit < kept + 1:
+        raise ValueError(f"the longest prompt must have at least {kept + 1} tokens, got {limit}")
     _check(ids)
-    cut = [[x[0], *x[len(x) - limit + 1 :]] if len(x) > limit else x for x in ids]
+    cut = [[*x[:kept], *x[len(x) - limit + kept :]] if len(x) > limit else x for x in ids]
     length = np.array([len(x) for x in cut], np.int32)
     tokens = np.full((len(cut), np.max(length)), pad_id, np.int32)
     for row, x in zip(tokens, cut, strict=True):

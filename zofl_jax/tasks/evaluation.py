@@ -99,9 +99,8 @@ def generation(
     losses: list[Any] = []
     for ids, loss in _over_test(both, built, params, batch_size, watch):
         losses.extend(loss)
-        for row in ids.tolist():
-            end = next((i for i, token in enumerate(row) if token in stops), len(row))
-            written.append(built.model.tokenizer.decode(row[:end]).strip())
+        tokenizer, ends = built.model.tokenizer, frozenset(stops)
+        written += [language.answer_text(tokenizer, row, ends) for row in ids.tolist()]
     pairs = list(zip(written, built.references, strict=True))
     matches = float(np.mean([answers.exact_match(ours, right) for ours, right in pairs]))
     f1 = [answers.token_f1(ours, right, match_numbers) for ours, right in pairs]

@@ -10,7 +10,7 @@ verbalizer, one token, as the next one (Schick & Schütze 2021; Malladi et al. 2
 never see the others.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -141,9 +141,10 @@ def classification(
     """
     if prompt.answers is None:
         raise ValueError("the prompt has no verbalizers: give it some, or use `generation`")
-    answers = [prompts.continuation(prompt.template, answer) for answer in prompt.answers]
-    candidates = encoding.single_tokens(model.tokenizer, answers)
-    examples, num_truncated = _prompts(model, data, prompt, shots, max_length, reserved=0)
+    texts = _prompts(data, prompt, shots)
+    candidates = _verbalizers(model.tokenizer, prompt, texts)
+    ids = [encoding.prompt_ids(model.tokenizer, text) for text in texts]
+    examples, num_truncated = _examples(model, data, ids, max_length, reserved=0)
     for part, rows in zip(examples, (data.train, data.test), strict=True):
         part["label"] = prompts.class_ids(prompt, rows).astype(np.int32)
     sizes = _buckets(examples)
@@ -213,15 +214,17 @@ def generation(
     if objective not in ("sequence", "f1"):
         raise ValueError(f"written answers have no objective {objective!r}: use sequence or f1")
     config, tokenizer = model.config, model.tokenizer
+    texts = _prompts(data, prompt, shots)
     references = [prompts.references(prompt, rows) for rows in (data.train, data.test)]
-    ids = [
-        tokenizer.encode(prompts.continuation(prompt.template, answers[0]) + END, special=False)
-        for part in references
-        for answers in part
+    first = [answers[0] for part in references for answers in part]
+    pairs = [
+        encoding.continued(tokenizer, text, prompts.continuation(text, answer) + END)
+        for text, answer in zip(texts, first, strict=True)
     ]
-    encoded = encoding.pad_right(ids, max_new_tokens, tokenizer.pad_id)
+    encoded = encoding.pad_right([ids for _, ids in pairs], max_new_tokens, tokenizer.pad_id)
     reserved = encoded.tokens.shape[1]
-    examples, num_truncated = _prompts(model, data, prompt, shots, max_length, reserved)
+    ids = [ids for ids, _ in pairs]
+    examples, num_truncated = _examples(model, data, ids, max_length, reserved)
     cut = len(data.train)
     for part, rows in zip(examples, (slice(None, cut), slice(cut, None)), strict=True):
         part["answer"], part["answer_length"] = encoded.tokens[rows], encoded.length[rows]
@@ -271,10 +274,27 @@ def generation(
 
 
 def stop_ids(model: LanguageModel) -> tuple[int, ...]:
-    """Returns the tokens that end a written answer: a line break, and what ends a text."""
-    line_break = model.tokenizer.encode(END, special=False)
-    ends = {*model.config.eos_ids, model.tokenizer.eos_id, *line_break[-1:]}
+    r"""Returns the tokens that end a written answer: those with a line break, and ends of texts.
+
+    A vocabulary may have many line breaks: ".\n" is one token of Llama 3's and Qwen's.
+    """
+    tokenizer = model.tokenizer
+    breaks = (i for i in range(tokenizer.vocab_size) if END in tokenizer.decode([i]))
+    ends = {*model.config.eos_ids, tokenizer.eos_id, *breaks}
     return tuple(sorted(i for i in ends if i is not None))
+
+
+def answer_text(tokenizer: Tokenizer, ids: Sequence[int], stops: Collection[int]) -> str:
+    """Returns what a model wrote, as text without whitespace around it.
+
+    Args:
+      tokenizer: the model's.
+      ids: of the tokens written, and of whatever stands behind their end.
+      stops: from `stop_ids`.
+    """
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    with_end = tokenizer.decode(ids[: end + 1])  # which may hold a mark before a line break
+    return (with_end if END in with_end else tokenizer.decode(ids[:end])).split(END)[0].strip()
 
 
 def _task(
@@ -300,29 +320,50 @@ def _task(
     return task, by_length
 
 
-def _prompts(
+def _prompts(data: TextData, prompt: prompts.Prompt, shots: Sequence[Row]) -> list[str]:
+    """Returns the prompts of both splits."""
+    for split, rows in (("train", data.train), ("test", data.test)):
+        prompts.check(prompt, rows, f"{data.name}, {split}")
+    shown = prompts.demonstrations(prompt, shots)
+    return [shown + prompts.render(prompt, row) for row in [*data.train, *data.test]]
+
+
+def _verbalizers(tokenizer: Tokenizer, prompt: prompts.Prompt, texts: Sequence[str]) -> np.ndarray:
+    """Returns the token of each verbalizer behind the prompts, int32 [C]."""
+    assert prompt.answers is not None
+    # Where all prompts end in the same words, the first one stands for all.
+    texts = texts[:1] if prompts.ends_in_words(prompt.template) else texts
+    found = None
+    for text in texts:
+        answers = [prompts.continuation(text, answer) for answer in prompt.answers]
+        ids = encoding.single_tokens(tokenizer, answers, text)
+        found = ids if found is None else found
+        if np.any(ids != found):
+            raise ValueError(
+                f"behind the prompts ending in {texts[0][-20:]!r} and {text[-20:]!r} the "
+                "verbalizers are different tokens: let the template end in words, as in "
+                f"{prompt.template.rstrip() + ' It was'!r}"
+            )
+    assert found is not None
+    return found
+
+
+def _examples(
     model: LanguageModel,
     data: TextData,
-    prompt: prompts.Prompt,
-    shots: Sequence[Row],
+    ids: Sequence[Sequence[int]],
     max_length: int | None,
     reserved: int,
 ) -> tuple[tuple[dict[str, Any], dict[str, Any]], int]:
-    """Returns the encoded prompts of both splits, and how many were truncated."""
-    for split, rows in (("train", data.train), ("test", data.test)):
-        prompts.check(prompt, rows, f"{data.name}, {split}")
+    """Returns the padded prompts of both splits, and how many were truncated."""
     limit = max_length or model.config.max_positions
     if limit > model.config.max_positions:
         raise ValueError(
             f"max_length={limit} is over the model's {model.config.max_positions} positions: "
             "lower it"
         )
-    shown = prompts.demonstrations(prompt, shots)
-    ids = [
-        encoding.prompt_ids(model.tokenizer, shown + prompts.render(prompt, row))
-        for row in [*data.train, *data.test]
-    ]
-    encoded = encoding.pad_left(ids, limit - reserved, model.tokenizer.pad_id)
+    kept = len(model.tokenizer.prefix)
+    encoded = encoding.pad_left(ids, limit - reserved, model.tokenizer.pad_id, kept)
     cut = len(data.train)
     parts = [
         {"tokens": encoded.tokens[rows], "length": encoded.length[rows]}

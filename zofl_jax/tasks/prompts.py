@@ -57,6 +57,19 @@ def render(prompt: Prompt, row: Row) -> str:
     return "".join(parts)
 
 
+def ends_in_words(template: str) -> bool:
+    r"""Returns whether a template ends in more than a column or whitespace.
+
+    >>> ends_in_words("{text} It was"), ends_in_words("It was {text}\n")
+    (True, False)
+
+    Raises:
+      ValueError: for a template that isn't text with {column} fields.
+    """
+    parts = _parse(template)
+    return bool(parts) and parts[-1][1] is None and not parts[-1][0].isspace()
+
+
 def continuation(prompt_text: str, answer: str) -> str:
     r"""Returns an answer as it follows a prompt: after a space, unless that ends in whitespace.
 
