@@ -1,6 +1,7 @@
 """Params that come in half precision are trained in float32."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from zofl_jax import estimators, precision, recording, simulation
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import ServerState, Task
 from zofl_jax.data import partition
-from zofl_jax.models import transformer
+from zofl_jax.models import lora, transformer
 from zofl_jax.runs import RunError, open_run
 
 DIM, RATE, ROUNDS, DIRECTIONS = 64, 1e-5, 64, 4
@@ -144,3 +145,38 @@ def test_a_model_computes_in_its_dtype_with_params_of_float32():
     # Where a product is fused with what follows, it may be rounded elsewhere.
     scores = (apply(config, params, TOKENS, MASK)[MASK] for params in (half, wide))
     np.testing.assert_allclose(*scores, atol=0.02)
+
+
+def test_what_adapters_learnt_is_not_rounded_away(tmp_path):
+    weights = pytest.importorskip("zofl_jax.models.weights")
+    config = dataclasses.replace(TINY, param_dtype="bfloat16")
+    adapters, frozen = lora.add(decoder("bfloat16"), "up", 2, 2.0, jax.random.key(1))
+    learnt = jax.tree.map(lambda x: x + 1e-3, adapters)
+    merged = lora.merge(lora.combine(learnt, frozen))
+    up, factors = (tree["layers"]["mlp"]["up"] for tree in (frozen, learnt))
+    moved = np.asarray(merged["layers"]["mlp"]["up"]["kernel"] - up["kernel"].astype(np.float32))
+    np.testing.assert_allclose(moved, factors["lora_a"] @ factors["lora_b"], atol=1e-7)
+    weights.save_hf(str(tmp_path / "merged"), config, merged)
+    assert json.loads((tmp_path / "merged/config.json").read_text())["torch_dtype"] == "float32"
+    _, loaded, _ = weights.load(f"hf:{tmp_path / 'merged'}")
+    assert_same_bits(loaded, precision.wide(merged))
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype", "message"),
+    [
+        (1e7, "float16", r"holds numbers up to .*e\+0\d, above the largest of float16: .*bfloat16"),
+        (1e-8, "float16", "holds no number above .*e-09, all of which are 0 in float16: load"),
+        (1e7, "bfloat16", None),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, factor, dtype, message):
+    weights = pytest.importorskip("zofl_jax.models.weights")
+    params = decoder()
+    params["layers"]["mlp"]["up"]["kernel"] *= factor
+    weights.save_hf(str(tmp_path / "model"), TINY, params)
+    if message is None:
+        weights.load(f"hf:{tmp_path / 'model'}", dtype)
+        return
+    with pytest.raises(ValueError, match=rf"tensor model.decoder.layers.\d.fc1.weight {message}"):
+        weights.load(f"hf:{tmp_path / 'model'}", dtype)
