@@ -49,7 +49,7 @@ FAULTS = (
         "zofl_jax/algorithms/scaffold.py",
         "jax.tree.map(jnp.zeros_like, precision.wide(params))",
         "jax.tree.map(jnp.zeros_like, params)",
-        "SCAFFOLD's control variates of a bfloat16 model are kept in bfloat16, where they stand still.",
+        "SCAFFOLD's control variates of a bfloat16 model stand still in bfloat16.",
         ("precision",),
     ),
     Fault(
