@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from zofl_jax import compilation, estimators, perturbations, placement, simulation
 from zofl_jax.algorithms import decomfl
-from zofl_jax.core import Algorithm, Array, Batch, ClientData, Params, Task
+from zofl_jax.core import Algorithm, Array, Batch, ClientData, Params, PRNGKey, Task
 from zofl_jax.data import partition
 from zofl_jax.data.sources import Dataset
 from zofl_jax.models import architectures, cnn, mlp, transformer
@@ -195,7 +195,24 @@ def token_task(config: architectures.Config, clients: int, each: int, length: in
         "tokens": random.integers(0, config.vocab_size, (clients * each, length), np.int32),
         "label": random.integers(0, len(CANDIDATES), clients * each, np.int32),
     }
-    order, offsets = even_shares(clients, each, clients * each)
+    return choice_task(
+        config, examples, examples, clients, functools.partial(transformer.init, config)
+    )
+
+
+def choice_task(
+    config: architectures.Config,
+    train: Batch,
+    test: Batch,
+    clients: int,
+    init: Callable[[PRNGKey], Params],
+) -> Task:
+    """Returns the task of choosing between two next words, its examples shared out evenly.
+
+    Examples are {"tokens": [n, T], "label": [n]}, none of the tokens padding.
+    """
+    count = len(train["label"])
+    order, offsets = even_shares(clients, count // clients, count)
 
     def scores(params: Params, batch: Batch) -> Array:
         mask = jnp.ones(batch["tokens"].shape, bool)
@@ -208,12 +225,10 @@ def token_task(config: architectures.Config, clients: int, each: int, length: in
     def metrics(params: Params, batch: Batch) -> dict[str, Array]:
         found = scores(params, batch)
         losses = optax.softmax_cross_entropy_with_integer_labels(found, batch["label"])
-        return {"loss": losses}
+        return {"loss": losses, "accuracy": jnp.argmax(found, axis=-1) == batch["label"]}
 
-    train = partition.client_data(examples, order, offsets)
-    return Task(
-        "tokens", functools.partial(transformer.init, config), loss, metrics, train, examples
-    )
+    data = partition.client_data(train, order, offsets)
+    return Task("tokens", init, loss, metrics, data, test)
 
 
 def perturbation(variant: str) -> perturbations.Perturbation:

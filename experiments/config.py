@@ -25,6 +25,7 @@ from zofl_jax import (
     keys,
     local_models,
     placement,
+    precision,
     recording,
     simulation,
 )
@@ -451,7 +452,7 @@ def _clients_at_once(values: Values, task: Task, root: keys.RootKeys) -> int:
     )
     fitting = compilation.clients_that_fit(
         jax.value_and_grad(task.loss) if backward else task.loss,
-        jax.eval_shape(task.init, root.init),
+        jax.eval_shape(lambda key: precision.wide(task.init(key)), root.init),
         batch,
         int(MEMORY_SHARE * available),
     )

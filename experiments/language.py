@@ -48,7 +48,11 @@ flags.DEFINE_enum(
     "tokens, for written answers).",
 )
 flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16", "float16"], "Of a language model's params."
+    "dtype",
+    "float32",
+    ["float32", "bfloat16", "float16"],
+    "What a language model computes in, and its weights are kept in: those that are trained are "
+    "kept in float32, or small updates would round away.",
 )
 flags.DEFINE_enum(
     "matmul_dtype",

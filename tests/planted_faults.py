@@ -43,6 +43,23 @@ class Fault(NamedTuple):
 
 
 FAULTS = (
+    # Precision.
+    Fault(
+        "control_variates_of_half_precision",
+        "zofl_jax/algorithms/scaffold.py",
+        "jax.tree.map(jnp.zeros_like, precision.wide(params))",
+        "jax.tree.map(jnp.zeros_like, params)",
+        "SCAFFOLD's control variates of a bfloat16 model stand still in bfloat16.",
+        ("precision",),
+    ),
+    Fault(
+        "adapters_rounded_away",
+        "zofl_jax/models/lora.py",
+        "merged[name] = params[name] + term",
+        "merged[name] = (params[name] + term).astype(params[name].dtype)",
+        "An exported bfloat16 model lacks what its adapters learnt.",
+        ("precision",),
+    ),
     # Rounds.
     Fault(
         "round_key_ahead",

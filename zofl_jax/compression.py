@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zofl_jax import keys
+from zofl_jax import keys, precision
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -129,7 +129,7 @@ def compressed(algorithm: Algorithm, codec: Codec, *, error_feedback: bool = Fal
         inner = algorithm.init_memory(params)
         if not error_feedback:
             return inner
-        return WithResidual(inner, jax.tree.map(jnp.zeros_like, params))
+        return WithResidual(inner, jax.tree.map(jnp.zeros_like, precision.wide(params)))
 
     return algorithm._replace(
         client=client,

@@ -92,7 +92,8 @@ class Algorithm(NamedTuple):
     """A federated algorithm. All functions are pure and traceable.
 
     Attributes:
-      init: params -> ServerState.
+      init: params -> ServerState. It keeps params narrower than float32 in float32
+        (`precision.wide`), so `client` gives those to the loss.
       client: (key, state, memory, batches, own_key) -> ClientResult. One client; it never
         sees a clients axis. `batches` has the leading axis [local_steps]; `own_key` is the
         client's own of this round, for what no one else may rebuild: stochastic rounding,
@@ -152,7 +153,7 @@ class Task(NamedTuple):
 
     Attributes:
       name: for people.
-      init: key -> params.
+      init: key -> params, in the precision that they are stored and sent in at first.
       loss: (params, batch) -> mean loss over the batch, [].
       metrics: (params, batch) -> {"loss": [B], "accuracy": [B], ...}, one value an
         example; the evaluation averages them over `test`.

@@ -12,6 +12,7 @@ their work while the device does the next rounds; a run may be taken up again fr
 import contextlib
 import functools
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from zofl_jax import compilation, keys, ledger, participation, placement
+from zofl_jax import compilation, keys, ledger, participation, placement, precision
 from zofl_jax import rounds as traced
 from zofl_jax.core import Algorithm, Array, Broadcast, Params, Phase, ServerState, Task
 from zofl_jax.data import batches as data_batches
@@ -335,6 +336,7 @@ def make_simulator(
         return np.asarray(traced_seeds(padded))[: len(rounds)]
 
     params = jax.eval_shape(task.init, root.init)
+    _warn_of_narrow_params(jax.eval_shape(phases[0].algorithm.init, params))
     shapes = [
         ledger.message_shapes(
             phase.algorithm,
@@ -506,6 +508,20 @@ def _phase_of(phases: Sequence[Phase], capacities: Sequence[int], first_round: i
     if phase != phase_at(phases, first_round + n - 1):
         raise ValueError(f"rounds {first_round} to {first_round + n - 1} cross into a new phase")
     return phase
+
+
+def _warn_of_narrow_params(state: ServerState) -> None:
+    """Warns if an algorithm keeps params in which updates of fine-tuning round away."""
+    narrow = precision.narrow_leaves(state.params)
+    if narrow:
+        name, dtype = next(iter(narrow.items()))
+        more = f" and {len(narrow) - 1} more" if len(narrow) > 1 else ""
+        warnings.warn(
+            f"this algorithm keeps its params in {dtype} ({name}{more}), where updates far smaller "
+            "than a number round away; let its init start from precision.wide(params), as those "
+            "of the library do",
+            stacklevel=3,
+        )
 
 
 def _pad(x: np.ndarray, size: int) -> np.ndarray:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import aggregation, keys, local_models
+from zofl_jax import aggregation, keys, local_models, precision
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -81,6 +81,7 @@ def decomfl(
         return optax.apply_updates(params, updates), opt_state
 
     def init(params: Params) -> ServerState:
+        params = precision.wide(params)
         return ServerState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def client(

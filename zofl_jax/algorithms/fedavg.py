@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import aggregation
+from zofl_jax import aggregation, precision
 from zofl_jax.algorithms.local_training import (
     ClientOptimizer,
     Gradient,
@@ -123,8 +123,12 @@ def dense(
         upload = difference(state.params, trained.params)
         return ClientResult(upload, memory, {"loss": trained.loss})
 
+    def init(params: Params) -> ServerState:
+        params = precision.wide(params)
+        return ServerState(params, applied.init(params), jnp.zeros((), jnp.int32))
+
     return Algorithm(
-        init=lambda params: ServerState(params, applied.init(params), jnp.zeros((), jnp.int32)),
+        init=init,
         client=client,
         aggregate=aggregate,
         server=descend_by(applied),

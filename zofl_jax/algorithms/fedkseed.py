@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import keys
+from zofl_jax import keys, precision
 from zofl_jax.compression import Codec
 from zofl_jax.core import (
     Algorithm,
@@ -118,7 +118,7 @@ def fedkseed(
     def init(params: Params) -> ServerState:
         zeros = jnp.zeros(pool_size, jnp.float32)
         pool = SeedPool(zeros, zeros if pro else (), zeros if pro else ())
-        return ServerState(params, pool, jnp.zeros((), jnp.int32))
+        return ServerState(precision.wide(params), pool, jnp.zeros((), jnp.int32))
 
     def draw(own_key: PRNGKey, pool: SeedPool) -> Array:
         if not pro:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import aggregation
+from zofl_jax import aggregation, precision
 from zofl_jax.algorithms.fedavg import descend_by, whole_model
 from zofl_jax.batching import at_once
 from zofl_jax.core import (
@@ -21,6 +21,7 @@ from zofl_jax.core import (
     Broadcast,
     ClientResult,
     LossFn,
+    Params,
     Passes,
     PRNGKey,
     ServerState,
@@ -58,8 +59,12 @@ def fedsgd(
         loss, gradient = slope(state.params, jax.tree.map(lambda b: b[0], batches))
         return ClientResult(gradient, memory, {"loss": loss})
 
+    def init(params: Params) -> ServerState:
+        params = precision.wide(params)
+        return ServerState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
     return Algorithm(
-        init=lambda params: ServerState(params, optimizer.init(params), jnp.zeros((), jnp.int32)),
+        init=init,
         client=client,
         aggregate=aggregate,
         server=descend_by(optimizer),

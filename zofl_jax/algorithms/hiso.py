@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from zofl_jax import precision
 from zofl_jax.algorithms.decomfl import decomfl
 from zofl_jax.core import (
     Algorithm,
@@ -42,7 +43,7 @@ class HisoState(NamedTuple):
     """What HiSo keeps beside the params: the `opt_state` of its `ServerState`."""
 
     inner: optax.OptState
-    curvature: Params  # H, float32
+    curvature: Params  # H, in the dtype of the params
 
 
 def hiso(
@@ -111,7 +112,8 @@ def hiso(
         return optax.GradientTransformation(init, update)
 
     def init(params: Params) -> ServerState:
-        ones = jax.tree.map(lambda x: jnp.ones(x.shape, _wide(x)), params)
+        params = precision.wide(params)
+        ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), params)
         opt_state = HisoState(optimizer.init(params), ones)
         return ServerState(params, opt_state, jnp.zeros((), jnp.int32))
 
@@ -141,7 +143,3 @@ def hiso(
     # Without learning H stays 1, and multiplying by it might round otherwise than DeComFL.
     replayed = server if nu else server_without_learning
     return Algorithm(init, client, plain.aggregate, replayed, local_steps, passes=plain.passes)
-
-
-def _wide(x: Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)

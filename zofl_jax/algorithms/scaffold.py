@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import aggregation
+from zofl_jax import aggregation, precision
 from zofl_jax.algorithms.local_training import Trained, difference, exact, train
 from zofl_jax.batching import at_once
 from zofl_jax.core import (
@@ -125,15 +125,19 @@ def scaffold(
         control = jax.tree.map(lambda c, d: c + share * d, state.opt_state, broadcast["control"])
         return ServerState(params, control, state.round + 1)
 
+    def init_memory(params: Params) -> Params:
+        return jax.tree.map(jnp.zeros_like, precision.wide(params))
+
+    def init(params: Params) -> ServerState:
+        return ServerState(precision.wide(params), init_memory(params), jnp.zeros((), jnp.int32))
+
     return Algorithm(
-        init=lambda params: ServerState(
-            params, jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32)
-        ),
+        init=init,
         client=client,
         aggregate=aggregate_heard,
         server=server,
         local_steps=local_steps,
-        init_memory=lambda params: jax.tree.map(jnp.zeros_like, params),
+        init_memory=init_memory,
         sync=Sync(
             message=lambda state: (state.params, state.opt_state),
             restore=lambda state, message: state._replace(params=message[0], opt_state=message[1]),

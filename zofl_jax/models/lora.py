@@ -112,7 +112,10 @@ def add(
 
 
 def merge(params: Params) -> Params:
-    """Returns the params with all adapters added into their matrices, in the matrices' dtype."""
+    """Returns the params with all adapters added into their matrices.
+
+    A sum has the wider dtype of the two: in bfloat16 what was learnt would round away.
+    """
     if not isinstance(params, dict):
         return params
     merged = {name: merge(leaf) for name, leaf in params.items() if not name.startswith("lora_")}
@@ -120,7 +123,7 @@ def merge(params: Params) -> Params:
         name = next(name for name in _MATRICES if name in params)
         product = params["lora_a"] @ params["lora_b"]
         term = params["lora_scale"][..., None, None] * product
-        merged[name] = (params[name] + term).astype(params[name].dtype)
+        merged[name] = params[name] + term
     return merged
 
 

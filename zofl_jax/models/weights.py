@@ -61,7 +61,8 @@ def load(
 
     Raises:
       ValueError: if there is no such model; for an architecture that isn't supported; for
-        missing, unexpected or wrongly shaped tensors, by name; for vocabularies that differ.
+        missing, unexpected or wrongly shaped tensors, and those that don't fit the dtype, by
+        name; for vocabularies that differ.
     """
     kind, _, place = spec.partition(":")
     tensors: Mapping[str, StoredTensor]
@@ -112,7 +113,9 @@ def save_hf(
 
     slots = {slot.name: slot for slot in _slots(config, weights_hf.module_names(config))}
     specs = {name: (slot.shape, leaves[slot.path].dtype) for name, slot in slots.items()}
-    config = dataclasses.replace(config, param_dtype=jax.tree.leaves(params)[0].dtype.name)
+    # What was trained may be wider than what was not.
+    widest = jnp.result_type(*jax.tree.leaves(params)).name
+    config = dataclasses.replace(config, param_dtype=widest)
     save_tokenizer = None if tokenizer is None else tokenizer.save
     weights_hf.save_folder(folder, config, specs, lambda name: stored(slots[name]), save_tokenizer)
 
@@ -143,7 +146,24 @@ def _copy(tensor: StoredTensor, slot: Slot, leaf: np.ndarray) -> None:
             f"{slot.shape}: pass the configuration that belongs to the weights"
         )
     value = tensor.read()
+    _check_fits(slot.name, value, leaf.dtype)
     leaf[... if slot.layer is None else slot.layer] = value.T if slot.transposed else value
+
+
+def _check_fits(name: str, value: np.ndarray, dtype: np.dtype) -> None:
+    """Raises ValueError if the numbers of a tensor are beyond a dtype, or all too small for it."""
+    if value.dtype == dtype or not value.size:
+        return
+    largest = max(abs(float(value.max())), abs(float(value.min())))
+    limits = jnp.finfo(dtype)
+    if float(limits.max) < largest < math.inf:
+        problem = f"numbers up to {largest:.3g}, above the largest of {dtype.name}"
+    elif 0 < largest <= float(limits.smallest_subnormal) / 2:
+        problem = f"no number above {largest:.3g}, all of which are 0 in {dtype.name}"
+    else:
+        return
+    wider = "bfloat16 or float32" if dtype == np.float16 else "float32"
+    raise ValueError(f"tensor {name} holds {problem}: load the weights in {wider} (--dtype)")
 
 
 def _slots(config: Config, modules: Mapping[str, str]) -> Iterator[Slot]:
