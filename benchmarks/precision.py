@@ -8,7 +8,7 @@
     stochastic  kept in bfloat16, each update rounded up or down at random, by the round's key
 
 DeComFL trains a decoder of 22,688 params to say which of four words is in a row of others, at a
-rate whose updates are far below the spacing of the params in bfloat16. The curves take about four
+rate whose updates are far below the spacing of the params in bfloat16. The curves take about two
 minutes on two cores. Memory is the compiler's account of a round of SmolLM2-135M's shape with 2
 clients, beyond the data; the seconds are of a round of a decoder of six million params, by turns.
 """
@@ -31,7 +31,7 @@ from zofl_jax.core import Algorithm, Array, Broadcast, LossFn, Params, PRNGKey, 
 from zofl_jax.models import architectures, transformer
 
 WAYS = ("float32", "bfloat16", "rounded", "stochastic")
-RATE, ROUNDS, RECORDS = 5e-5, 8000, 10
+RATE, ROUNDS, RECORDS = 1e-4, 4000, 10
 DIRECTIONS = 5
 WORDS = 64  # in the vocabulary; the label says from which half of those below `MARKS` one is
 MARKS = 4
