@@ -50,6 +50,9 @@ def each(table: dict[str, Any]) -> Any:
 rows = each(METHODS)
 """Every method; the tests of one share a process (grouping.py), and there its compiled rounds."""
 
+without_bits = pytest.mark.parametrize("name", METHODS)
+"""The same, compiled quickly."""
+
 
 @functools.cache
 def digits(num_clients: int) -> Task:
@@ -122,7 +125,7 @@ def client(name: str) -> Any:
     return jax.jit(ran(name).algorithm.client)
 
 
-@rows
+@without_bits
 def test_it_descends_on_the_quadratic(name):
     method = METHODS[name]
     num_clients, cohort = method.clients

@@ -15,7 +15,7 @@ from commands import TIMEOUT_SECONDS, Commands, Ended, num_logged, stray_lines, 
 from experiments import launch_local
 from zofl_jax import processes
 
-ROUNDS = 200
+ROUNDS = 120
 # Clients of unequal sizes, and a cohort that two devices can't share evenly.
 TRAIN = (
     *("--task=digits", "--partition=dirichlet", "--num_clients=10", "--clients_per_round=3"),
@@ -43,11 +43,16 @@ app.run(launch_local.main)
 """
 
 
+@pytest.fixture
+def commands(tmp_path, cache, processes):
+    return Commands(tmp_path, cache, processes, quick=True)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
     """A run of two processes that nothing interrupted: its folder and how it ended."""
     folder = tmp_path_factory.mktemp("whole")
-    ended = Commands(folder, cache).run(*LAUNCH)
+    ended = Commands(folder, cache, quick=True).run(*LAUNCH)
     assert ended.code == 0, ended.err
     return folder / "run", ended
 
@@ -167,7 +172,7 @@ def test_what_one_process_lacks_ends_both(commands, tmp_path_factory, cache):
         commands.folder / "data.npz",
         **{"x_train": images, "y_train": labels, "x_test": images, "y_test": labels},
     )
-    elsewhere = Commands(tmp_path_factory.mktemp("elsewhere"), cache)
+    elsewhere = Commands(tmp_path_factory.mktemp("elsewhere"), cache, quick=True)
     arguments = ("--task=npz", "--data_dir=data.npz", "--num_clients=4", "--batch_size=4")
     leader, follower = pair(
         commands, elsewhere, *arguments, "--clients_per_round=2", "--workdir=run"

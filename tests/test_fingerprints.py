@@ -189,7 +189,7 @@ CHANGED = {
     ),
     "the token that starts a text": (
         lambda data, model: edit(model / "tokenizer_config.json", '"<s>"', '"</s>"'),
-        r"tokenizer's bos_id \(1, was 0\), tokens of the training texts",
+        r"tokenizer's bos_id \(1, was 0\) changed",
     ),
 }
 

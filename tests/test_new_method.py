@@ -14,7 +14,10 @@ NAME = "ranked evolution"
 CHECKS = [
     check
     for check in vars(test_contract).values()
-    if test_contract.rows.mark in getattr(check, "pytestmark", ())
+    if any(
+        marks.mark in getattr(check, "pytestmark", ())
+        for marks in (test_contract.rows, test_contract.without_bits)
+    )
 ]
 
 

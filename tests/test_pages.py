@@ -84,28 +84,15 @@ def headings(page):
     return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
-# Those that take seconds, run as they are written.
-SHORT = [
-    "experiments.train --flagfile=experiments/flagfiles/digits_accuracy.flags",
-    "experiments.train --dp=client --dp_clip=5 --dp_noise=1 --num_clients=100 --batch_size=8",
-]
-
-
-@pytest.mark.parametrize("line", SHORT)
-def test_short_commands_run(commands, line):
+def test_a_short_command_runs_as_it_is_written(commands):
+    """One more, of privacy, runs on CI's fresh Debian (.ci/fresh_debian)."""
+    line = "experiments.train --flagfile=experiments/flagfiles/digits_accuracy.flags"
     (written,) = {c.words[1:] for c in COMMANDS if " ".join(c.words[2:]) == line}
     (commands.folder / "experiments").symlink_to(ROOT / "experiments")
     done = commands.run(*written)
     assert done.code == 0, done.err
     (run,) = (commands.folder / "runs").iterdir()
     assert f"Figures, log and summary are in runs/{run.name}" in done.out
-    if "--dp" in line:
-        (replay,) = {c.words[1:] for c in COMMANDS if "--round=137" in c.words}
-        words = [word.replace("RUN", str(run)) for word in replay]
-        done = commands.run(*words)
-        assert done.code == 0, done.err
-        assert "model after 137 rounds" in done.out
-        assert "privacy spent: epsilon" in done.out
 
 
 def test_library_example_runs(commands):

@@ -329,7 +329,7 @@ def test_damaged_safetensors_are_refused(tmp_path):
         safetensors_files.tensors(path)
     with open(path, "wb") as file:
         file.write(content[:8] + b"!" + content[9:])
-    with pytest.raises(ValueError, match="is not a safetensors file: fetch it again"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         safetensors_files.tensors(path)
     with pytest.raises(ZeroDivisionError):
         safetensors_files.write(path, {"a": ((1,), np.dtype(np.float32))}, lambda _: 1 // 0)
