@@ -15,12 +15,9 @@ import test_weights_gguf  # noqa: E402
 import tiny_language_models as tiny  # noqa: E402
 import tiny_texts  # noqa: E402
 from tokenizers import (  # noqa: E402
-    decoders,
-    models,
     normalizers,
     pre_tokenizers,
     processors,
-    trainers,
 )
 
 from zofl_jax.models import tokenizers as tokenizers_  # noqa: E402
@@ -98,18 +95,9 @@ def backend_of(family):
     if family.words is None:
         backend = tiny_texts.sentencepiece("prepend").backend
     else:
-        backend = library.Tokenizer(models.BPE(ignore_merges=family.whole_words))
-        backend.pre_tokenizer = family.words
-        if family.normalizer is not None:
-            backend.normalizer = family.normalizer
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=420,
-            special_tokens=SPECIAL,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
+        backend = tiny_texts.byte_level_bpe(
+            family.words, CORPUS, SPECIAL, family.normalizer, ignore_merges=family.whole_words
         )
-        backend.train_from_iterator(CORPUS, trainer)
     names = [backend.id_to_token(i) for i in family.prefix]
     backend.post_processor = processors.TemplateProcessing(
         single=[*names, "$A"], special_tokens=list(zip(names, family.prefix, strict=True))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 library = pytest.importorskip("tokenizers")
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+import tiny_texts  # noqa: E402
+from tokenizers import models, pre_tokenizers, processors, trainers  # noqa: E402
 
 from zofl_jax.models import tokenizers as tokenizers_  # noqa: E402
 
@@ -32,17 +33,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 
 def train(words):
     """A byte-level BPE whose words are cut as `words` says, trained on CORPUS."""
-    backend = library.Tokenizer(models.BPE())
-    backend.pre_tokenizer = words
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    return backend
+    return tiny_texts.byte_level_bpe(words, CORPUS, SPECIAL)
 
 
 def parts(backend):

@@ -32,20 +32,42 @@ def tokenizer(vocabulary=400, texts=()):
     """Returns a byte-level BPE in which a word of the texts, and of more of them, is one token."""
     from zofl_jax.models.tokenizers import Tokenizer
 
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
     words = " ".join([*GOOD, *BAD, *THINGS, "bad good It was terrible great Yes No Maybe"])
+    alone = ["Yes", "No", "Maybe"] * 8
+    made = [row["text"] + " It was bad good" for row in sentences(50)] + [words] * 8 + alone
+    backend = byte_level_bpe(
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        [*made, *texts],
+        ["<s>", "</s>"],
+        vocabulary=vocabulary,
+    )
+    return Tokenizer(backend, bos_id=0, eos_id=1, pad_id=1, prefix=(0,))
+
+
+def byte_level_bpe(words, corpus, special, normalizer=None, vocabulary=420, **options):
+    """Returns a byte-level BPE of the `tokenizers` library, trained on `corpus`.
+
+    Args:
+      words: the pre-tokenizer, which cuts a text.
+      corpus: texts.
+      special: special tokens, the first ids.
+      normalizer: what is done to a text first.
+      vocabulary: how many tokens there are.
+      options: of the model.
+    """
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(**options))
+    backend.pre_tokenizer = words
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=["<s>", "</s>"],
+        special_tokens=special,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    alone = ["Yes", "No", "Maybe"] * 8
-    made = [row["text"] + " It was bad good" for row in sentences(50)] + [words] * 8 + alone
-    backend.train_from_iterator([*made, *texts], trainer)
-    return Tokenizer(backend, bos_id=0, eos_id=1, pad_id=1, prefix=(0,))
+    backend.train_from_iterator(corpus, trainer)
+    return backend
 
 
 def sentencepiece(scheme):
