@@ -15,6 +15,7 @@ from benchmarks import (
     learning_rates,
     measuring,
     memory,
+    precision,
     round,
     speed,
     workloads,
@@ -105,6 +106,15 @@ def test_the_process_peak_is_that_of_its_arrays():
     work = memory.work_for(2, options, short=True)
     found = memory.process_peak(work, "rademacher", "threefry2x32")
     assert 0 < found["process_peak_bytes"] < 2**30
+
+
+@pytest.mark.filterwarnings("ignore:this algorithm keeps its params in bfloat16")
+def test_params_rounded_at_random_move_further_than_those_rounded_to_the_nearest():
+    rounded, at_random = (precision.curve(way, 0, smoke=True) for way in ("rounded", "stochastic"))
+    assert rounded["round"] == at_random["round"] == list(range(1, precision.RECORDS + 1))
+    assert np.all(np.isfinite(at_random["loss"])) and max(at_random["loss"]) < 2
+    assert 0 <= rounded["params_moved"] < at_random["params_moved"] <= rounded["num_params"]
+    assert rounded["distance"] < at_random["distance"]
 
 
 @pytest.mark.optimized  # threefry4x32, of which else nothing is left but recomputation
