@@ -146,7 +146,8 @@ def test_json_keeps_types(tmp_path):
         ("x.csv", 'a,b\n1,2\n"1"x,2\n', r"x\.csv, line 3: malformed CSV"),
         ("x.csv", "a,a\n1,2\n", "several columns called 'a'"),
         ("x.tsv", "a\ta \n1\t2\n", "several columns called 'a'"),
-        ("x.jsonl", '{"a": ' + "[" * 9999 + "]" * 9999 + "}", r"line 1: malformed JSON: .*recurs"),
+        # Python 3.14 reads what is 9,999 deep.
+        ("x.jsonl", '{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", "line 1: malformed JSON: "),
         ("x.csv", 'a,b\n1,2\n"a",b\n', r"x\.csv, line 3 repeats the header: remove it"),
         ("x.csv", "a,b\n1,2\n3,\0\n", r"x\.csv, line 3 holds a NUL character.*: convert"),
         ("x.tsv", "a\tb\n1\t2\n".encode("utf-16-le"), r"x\.tsv, line 1 holds a NUL character"),
