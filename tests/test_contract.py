@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import programs
 import pytest
 from method_table import METHODS, VARIANTS
-from tiny_simulations import assert_same_bits, copy, joined
+from tiny_simulations import assert_replayed, assert_same_bits, copy, joined
 
 from zofl_jax import keys, simulation, snapshots
 from zofl_jax.core import Algorithm, Task
@@ -178,15 +177,7 @@ def test_it_is_replayed(name):
     """From the initial params, the seeds and the broadcasts alone."""
     run = ran(name)
     replayed = run.simulator.replay(run.initial[0], run.trace.seeds, run.trace.broadcasts)
-    assert_replayed(name, copy(replayed), run.final[0])
-
-
-def assert_replayed(name: str, actual: Any, expected: Any) -> None:
-    """Bit by bit where the programs are those that users have."""
-    if name in OPTIMIZED or programs.AS_USERS_RUN_THEM:
-        assert_same_bits(actual, expected)
-    else:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), actual, expected)
+    assert_replayed(copy(replayed), run.final[0], exact=name in OPTIMIZED)
 
 
 @rows
@@ -254,7 +245,8 @@ def test_a_variant_keeps_the_contract_on_a_quadratic(name):
     final = copy(state)
     assert jax.tree.map(jax.typeof, final) == jax.tree.map(jax.typeof, initial)
     trace = joined(traces)
-    assert_replayed(name, copy(simulator.replay(initial, trace.seeds, trace.broadcasts)), final)
+    replayed = copy(simulator.replay(initial, trace.seeds, trace.broadcasts))
+    assert_replayed(replayed, final, exact=name in OPTIMIZED)
     before, after = (float(task.loss(s.params, task.test)) for s in (initial, final))
     assert after - problem.minimum < 0.5 * (before - problem.minimum)
 

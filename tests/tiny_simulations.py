@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 from tiny_tasks import BATCH_SIZE, softmax_task
 
 from zofl_jax import estimators, perturbations, simulation
@@ -47,6 +48,14 @@ def assert_same_bits(actual, expected) -> None:
         a, b = np.asarray(a), np.asarray(b)
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert a.tobytes() == b.tobytes(), np.abs(a.astype(float) - b).max()
+
+
+def assert_replayed(actual, expected, *, exact) -> None:
+    """Checks a replay bit by bit, or closely where the programs are not those that users have."""
+    if exact or programs.AS_USERS_RUN_THEM:
+        assert_same_bits(actual, expected)
+    else:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), actual, expected)
 
 
 def advance(simulator: simulation.Simulator, state, pieces) -> tuple[Any, list[simulation.Trace]]:

@@ -6,10 +6,10 @@ What tensors show (biases where the family has no key for them, an own head) is 
 of the tensors.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-_LISTED = 5  # keys in an error
+_LISTED = 5  # names in an error
 _SHOWN = 60  # characters of a value in an error
 
 _HARMLESS = {
@@ -219,8 +219,13 @@ def check_rest(
 def listed(values: Mapping[str, Any]) -> str:
     """Returns keys and values as an error shows them: the first few, cut short."""
     shown = []
-    for name, value in list(values.items())[:_LISTED]:
+    for name, value in values.items():
         text = repr(value)
         shown.append(f"{name} = {text if len(text) <= _SHOWN else text[:_SHOWN] + ' ...'}")
-    more = len(values) - _LISTED
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+    return some(shown)
+
+
+def some(names: Sequence[str]) -> str:
+    """Returns the first few names as an error lists them, and how many more there are."""
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -22,6 +22,7 @@ from zofl_jax import keys
 from zofl_jax.core import Params
 from zofl_jax.models import transformer, weights_hf
 from zofl_jax.models.architectures import Config
+from zofl_jax.models.config_keys import some
 from zofl_jax.models.tokenizers import Tokenizer, fitted, from_folder, from_gguf
 
 _SUFFIXES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -102,7 +103,7 @@ def save_hf(
     odd += [p for p in leaves if p in expected and leaves[p].shape != expected[p].shape]
     if odd:
         raise ValueError(
-            f"params do not fit the configuration at {weights_hf.some(odd)}: merge adapters first, "
+            f"params do not fit the configuration at {some(odd)}: merge adapters first, "
             "and pass the configuration the params were made with"
         )
 
@@ -183,8 +184,8 @@ def _slots(config: Config, modules: Mapping[str, str]) -> Iterator[Slot]:
 
 def _check_names(expected: set[str], found: set[str]) -> None:
     missing, unexpected = sorted(expected - found), sorted(found - expected)
-    problems = [f"lack {weights_hf.some(missing)}"] if missing else []
-    problems += [f"hold the unexpected {weights_hf.some(unexpected)}"] if unexpected else []
+    problems = [f"lack {some(missing)}"] if missing else []
+    problems += [f"hold the unexpected {some(unexpected)}"] if unexpected else []
     if problems:
         raise ValueError(
             f"the weights {' and '.join(problems)}: they are not those of this architecture"

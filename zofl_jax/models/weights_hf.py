@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from zofl_jax.models import safetensors_files
 from zofl_jax.models.architectures import Config
 from zofl_jax.models.config_hf import config_from_fields, config_to_fields
+from zofl_jax.models.config_keys import some
 
 FILES: tuple[str, ...] = (
     "config.json",
@@ -37,7 +38,6 @@ _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _IGNORED = ("rotary_emb.inv_freq", "decoder.version")  # what old files keep beside the weights
-_NAMED_IN_ERRORS = 5  # tensors
 
 _OPT_MODULES = {
     "embed/tokens": "model.decoder.embed_tokens",
@@ -172,13 +172,6 @@ def download(name: str) -> str:
             f"{name!r} is not a folder here and could not be downloaded "
             f"({type(error).__name__}): check the name, or pass hf:FOLDER when offline"
         ) from error
-
-
-def some(names: Sequence[str]) -> str:
-    """Returns the first few names as an error lists them, and how many more there are."""
-    shown = ", ".join(names[:_NAMED_IN_ERRORS])
-    more = len(names) - _NAMED_IN_ERRORS
-    return shown + (f" and {more} more" if more > 0 else "")
 
 
 def _check_whole(folder: str) -> None:
