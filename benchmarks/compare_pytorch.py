@@ -40,7 +40,8 @@ import torch
 from benchmarks import measuring, workloads
 from benchmarks.round import Rounds
 from benchmarks.workloads import LEARNING_RATE, SMOOTHING, Work
-from zofl_jax import keys, placement
+from zofl_jax import keys
+from zofl_jax.engine import placement
 from zofl_jax.models import architectures
 
 Direction = Callable[[int, int], torch.Tensor]  # (local step, index) -> z [d]

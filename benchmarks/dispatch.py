@@ -17,11 +17,14 @@ import numpy as np
 import optax
 
 from benchmarks import measuring
-from zofl_jax import estimators, keys, placement, recording, simulation
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
 from zofl_jax.data import partition, sources
+from zofl_jax.directions import estimators
+from zofl_jax.engine import placement, simulation
 from zofl_jax.models import mlp
-from zofl_jax.runs import open_run
+from zofl_jax.runs import recording
+from zofl_jax.runs.directory import open_run
 from zofl_jax.tasks import vision
 
 ROUNDS, EVAL_EVERY = 500, 50

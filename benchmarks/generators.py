@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measuring
-from zofl_jax import compilation, generators, keys, placement, sums
+from zofl_jax import keys
 from zofl_jax.core import Array, PRNGKey
+from zofl_jax.directions import generators, sums
+from zofl_jax.engine import compilation, placement
 
 SIZE, SMOKE_SIZE, COUNT = sums.BLOCK, 64**2, 16
 

@@ -29,7 +29,7 @@ from absl.testing import flagsaver
 
 from benchmarks import measuring
 from experiments import config, entry, methods, tuning
-from zofl_jax import compilation, rounds, simulation
+from zofl_jax.engine import compilation, rounds, simulation
 
 SEEDS = (0, 1, 2)
 STEP = 3.0  # from rate to rate

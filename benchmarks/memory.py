@@ -22,7 +22,8 @@ import numpy as np
 
 from benchmarks import measuring, workloads
 from benchmarks.workloads import Work
-from zofl_jax import compilation, keys, ledger, placement, rounds
+from zofl_jax import keys
+from zofl_jax.engine import compilation, ledger, placement, rounds
 
 CLIENTS, AT_ONCE, LENGTH = (2, 64), 2, 40
 PROCESS_LENGTH = 8  # tokens in the process that runs a round

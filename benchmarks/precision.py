@@ -25,9 +25,11 @@ import optax
 
 from benchmarks import measuring, workloads
 from benchmarks.workloads import Work
-from zofl_jax import compilation, estimators, keys, placement, rounds, simulation
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import Algorithm, Array, Broadcast, LossFn, Params, PRNGKey, ServerState, Task
+from zofl_jax.directions import estimators
+from zofl_jax.engine import compilation, placement, rounds, simulation
 from zofl_jax.models import architectures, transformer
 
 WAYS = ("float32", "bfloat16", "rounded", "stochastic")

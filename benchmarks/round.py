@@ -22,7 +22,8 @@ import numpy as np
 
 from benchmarks import measuring, workloads
 from benchmarks.workloads import Work
-from zofl_jax import compilation, keys, placement, simulation
+from zofl_jax import keys
+from zofl_jax.engine import compilation, placement, simulation
 
 POPULATION = "population"
 POPULATIONS = (100, 1000, 10_000, 100_000, 1_000_000)

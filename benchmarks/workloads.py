@@ -16,11 +16,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from zofl_jax import compilation, estimators, perturbations, placement, simulation
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import Algorithm, Array, Batch, ClientData, Params, PRNGKey, Task
 from zofl_jax.data import partition
 from zofl_jax.data.sources import Dataset
+from zofl_jax.directions import estimators, perturbations
+from zofl_jax.engine import compilation, placement, simulation
 from zofl_jax.models import architectures, cnn, mlp, transformer
 from zofl_jax.tasks import vision
 from zofl_jax.tasks.objectives import cross_entropy

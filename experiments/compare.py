@@ -30,8 +30,8 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import comparison, config, entry, report, train
-from zofl_jax.run_files import save_figure, write_atomically
-from zofl_jax.runs import open_run
+from zofl_jax.runs.directory import open_run
+from zofl_jax.runs.run_files import save_figure, write_atomically
 
 flags.DEFINE_multi_string(
     "method", [], "A method and flags of its own, as in 'hiso --learning_rate=0.1'; repeat it."

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from zofl_jax import passes, plots
 from zofl_jax.core import Passes
+from zofl_jax.engine import passes
+from zofl_jax.observation import plots
 
 COLUMNS = (
     "algorithm",

@@ -14,19 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from zofl_jax import (
-    aggregation,
-    attacks,
-    fingerprints,
-    keys,
-    ledger,
-    participation,
-    privacy,
-    staleness,
-)
+from zofl_jax import keys
+from zofl_jax.conditions import aggregation, attacks, participation, privacy, staleness
 from zofl_jax.core import Algorithm, Task
-from zofl_jax.estimators import Estimator
-from zofl_jax.rounds import Conditions
+from zofl_jax.directions.estimators import Estimator
+from zofl_jax.engine import ledger
+from zofl_jax.engine.rounds import Conditions
+from zofl_jax.runs import fingerprints
 
 Values = Mapping[str, Any]
 Make = Callable[[Callable[[Estimator], Estimator]], Algorithm]

@@ -19,22 +19,16 @@ from jax.sharding import Mesh
 
 from experiments import conditions, language, methods, partitions, rates, schedules
 from experiments.entry import UserError
-from zofl_jax import (
-    compilation,
-    fingerprints,
-    keys,
-    local_models,
-    placement,
-    precision,
-    recording,
-    simulation,
-)
+from zofl_jax import keys, precision
 from zofl_jax.core import ServerState, Task
 from zofl_jax.data import partition, sources, tfds
+from zofl_jax.directions import local_models
+from zofl_jax.engine import compilation, placement, simulation
+from zofl_jax.engine.processes import Team
 from zofl_jax.models import cnn, mlp
-from zofl_jax.processes import Team
-from zofl_jax.runs import open_run, read_flags
-from zofl_jax.tasks import benchmarks, objectives, quadratic, vision
+from zofl_jax.runs import fingerprints, recording
+from zofl_jax.runs.directory import open_run, read_flags
+from zofl_jax.tasks import catalogue, objectives, quadratic, vision
 
 if TYPE_CHECKING:
     from zofl_jax.tasks.language import LanguageTask
@@ -55,7 +49,7 @@ MEMORY_SHARE = 0.8  # of what is free, for a round
 flags.DEFINE_string(
     "task",
     "digits",
-    f"Images: digits, idx, npz, tfds:NAME. Texts: {', '.join(benchmarks.CATALOGUE)}, and text for "
+    f"Images: digits, idx, npz, tfds:NAME. Texts: {', '.join(catalogue.CATALOGUE)}, and text for "
     "data of one's own. Or quadratic.",
 )
 flags.DEFINE_string(
@@ -484,7 +478,7 @@ def _dataset(task: str, data_dir: Any) -> sources.Dataset:
         return tfds.load(task.removeprefix("tfds:"), data_dir)
     raise ValueError(
         f"--task={task} is unknown; use digits, idx, npz, tfds:NAME, quadratic, text, or one of "
-        f"{', '.join(benchmarks.CATALOGUE)}"
+        f"{', '.join(catalogue.CATALOGUE)}"
     )
 
 

@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 from absl import flags
 
 from experiments.entry import UserError
-from zofl_jax import processes
-from zofl_jax.runs import RunError
-from zofl_jax.simulation import Simulator
+from zofl_jax.engine import processes
+from zofl_jax.engine.simulation import Simulator
+from zofl_jax.runs.directory import RunError
 
 flags.DEFINE_bool(
     "distributed",

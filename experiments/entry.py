@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from zofl_jax.runs import RunError
+from zofl_jax.runs.directory import RunError
 
 flags.DEFINE_string(
     "compilation_cache",

@@ -22,7 +22,7 @@ from absl import flags
 from experiments import config, entry, language
 from zofl_jax import keys
 from zofl_jax.core import Params
-from zofl_jax.runs import read_flags
+from zofl_jax.runs.directory import read_flags
 
 flags.DEFINE_string("workdir", None, "Run directory; the untrained model unless given.")
 flags.DEFINE_integer("round", None, "Rounds done; the last logged one unless given.")

@@ -13,7 +13,7 @@ from absl import flags
 
 from experiments import config, entry, language
 from zofl_jax.core import Params
-from zofl_jax.runs import read_flags
+from zofl_jax.runs.directory import read_flags
 
 flags.DEFINE_string("workdir", None, "Run directory.", required=True)
 flags.DEFINE_string("out", None, "Folder to write; it must not exist or be empty.", required=True)

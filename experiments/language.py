@@ -16,10 +16,11 @@ import numpy as np
 from absl import flags
 
 from experiments import fetch, partitions
-from zofl_jax import fingerprints, keys
+from zofl_jax import keys
 from zofl_jax.data import partition
 from zofl_jax.data import text as text_data
-from zofl_jax.tasks import benchmarks, objectives, prompts
+from zofl_jax.runs import fingerprints
+from zofl_jax.tasks import catalogue, objectives, prompts
 
 if TYPE_CHECKING:
     from zofl_jax.tasks.language import LanguageModel, LanguageTask
@@ -122,7 +123,7 @@ NAMES = tuple(flag.name for flag in FLAGS.flags_by_module_dict()[__name__])
 
 def is_language_task(name: str) -> bool:
     """Returns whether a task is about texts."""
-    return name == OWN_DATA or name in benchmarks.CATALOGUE
+    return name == OWN_DATA or name in catalogue.CATALOGUE
 
 
 def fill_in(values: dict[str, Any], given: set[str]) -> None:
@@ -311,7 +312,7 @@ def _read(values: Values) -> text_data.TextData:
     """Returns the texts of `--task`."""
     if values["task"] == OWN_DATA:
         return text_data.table(values["data_dir"], values["held_out"])
-    return benchmarks.load(values["task"], values["data_dir"])
+    return catalogue.load(values["task"], values["data_dir"])
 
 
 def _chosen(data: text_data.TextData, values: Values) -> text_data.TextData:
@@ -333,7 +334,7 @@ def _prompt(values: Values) -> prompts.Prompt:
     if values["task"] == OWN_DATA:
         prompt = prompts.Prompt(values["template"], None, values["label_column"])
     else:
-        prompt = benchmarks.CATALOGUE[values["task"]].prompt
+        prompt = catalogue.CATALOGUE[values["task"]].prompt
         if values["template"] is not None:
             prompt = prompt._replace(template=values["template"])
     if values["verbalizers"] is not None:

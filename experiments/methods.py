@@ -14,11 +14,13 @@ import optax
 from absl import flags
 
 from experiments import conditions, schedules
-from zofl_jax import algorithms, compression, estimators, keys, perturbations, scaling
+from zofl_jax import algorithms, keys
 from zofl_jax.algorithms.local_training import ClientOptimizer
+from zofl_jax.conditions import compression
 from zofl_jax.core import Algorithm, LossFn, Params, Phase, Task
-from zofl_jax.estimators import Estimator
-from zofl_jax.perturbations import Perturbation
+from zofl_jax.directions import estimators, perturbations, scaling
+from zofl_jax.directions.estimators import Estimator
+from zofl_jax.directions.perturbations import Perturbation
 
 Values = Mapping[str, Any]
 

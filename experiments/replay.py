@@ -14,8 +14,10 @@ import numpy as np
 from absl import flags
 
 from experiments import config, entry
-from zofl_jax import keys, recording, rounds
-from zofl_jax.runs import open_run, read_flags
+from zofl_jax import keys
+from zofl_jax.engine import rounds
+from zofl_jax.runs import recording
+from zofl_jax.runs.directory import open_run, read_flags
 
 flags.DEFINE_string("workdir", None, "Run directory.", required=True)
 flags.DEFINE_integer("round", None, "Rounds done; the last logged one unless given.")

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 
 from experiments import config, methods
-from zofl_jax import passes, plots, simulation
-from zofl_jax.runs import Run
+from zofl_jax.engine import passes, simulation
+from zofl_jax.observation import plots
+from zofl_jax.runs.directory import Run
 
 
 def model_name(values: config.Values) -> str:

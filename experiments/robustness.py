@@ -21,11 +21,14 @@ import tqdm
 from absl import flags
 
 from experiments import entry
-from zofl_jax import aggregation, attacks, estimators, keys, perturbations, rounds
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl, fedsgd
+from zofl_jax.conditions import aggregation, attacks
 from zofl_jax.core import Algorithm, Array, Batches, Broadcast, LossFn, PRNGKey, Task, Upload
 from zofl_jax.data import batches as data_batches
 from zofl_jax.data import partition, sources
+from zofl_jax.directions import estimators, perturbations
+from zofl_jax.engine import rounds
 from zofl_jax.models import mlp
 from zofl_jax.tasks import vision
 
@@ -239,9 +242,10 @@ def markdown(cells: list[dict[str, Any]]) -> str:
         "Written by `python -m experiments.robustness` from `benchmarks/results/robustness.json`: "
         f"the test accuracy of softmax regression, {CLIENTS} clients with IID data, all of them in "
         f"every round, one local step on {BATCH} examples. Rules count on {EXPECTED} bad clients. "
-        "`decomfl` uploads 20 scalars, `fedsgd` gradients. Attacks: `zofl_jax/attacks.py` (scaling "
-        "is by -10). NaN and numbers out of range are rejected before any rule sees them. ALIE "
-        f"stays z standard deviations from the honest mean: by its paper's formula {deviations}, "
+        "`decomfl` uploads 20 scalars, `fedsgd` gradients. Attacks: "
+        "`zofl_jax/conditions/attacks.py` (scaling is by -10). NaN and numbers out of range are "
+        "rejected before any rule sees them. ALIE stays z standard deviations from the honest "
+        f"mean: by its paper's formula {deviations}, "
         "and with z = 0 it sends the honest mean itself and harms nobody.",
     ]
     parts = dict.fromkeys((cell["dataset"], cell["method"]) for cell in cells)

@@ -27,10 +27,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import entry
-from zofl_jax import estimators, keys, participation
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
+from zofl_jax.conditions import participation
 from zofl_jax.core import Array, ServerState
 from zofl_jax.data import batches
+from zofl_jax.directions import estimators
 from zofl_jax.tasks.quadratic import Quadratic, quadratic
 
 flags.DEFINE_string("out", "runs/theory", "Folder for the table and the figure.")

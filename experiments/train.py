@@ -26,9 +26,11 @@ import tqdm
 from absl import flags
 
 from experiments import config, distributed, entry, report, tuning
-from zofl_jax import diagnostics, divergence, ledger, plots, recording, simulation
-from zofl_jax.processes import Team
-from zofl_jax.runs import Run, RunError, open_run, read_flags
+from zofl_jax.engine import ledger, simulation
+from zofl_jax.engine.processes import Team
+from zofl_jax.observation import diagnostics, divergence, plots
+from zofl_jax.runs import recording
+from zofl_jax.runs.directory import Run, RunError, open_run, read_flags
 from zofl_jax.tasks import objectives
 
 flags.DEFINE_string(

@@ -33,8 +33,8 @@ import numpy as np
 
 from experiments import config, methods
 from experiments.entry import UserError
-from zofl_jax import compilation, simulation
 from zofl_jax.core import Params, Task
+from zofl_jax.engine import compilation, simulation
 
 MARGIN = 3.0
 FIRST_ORDER_MARGIN = 2.0

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import aggregation, estimators, keys, perturbations, privacy, scaling
+from zofl_jax import keys
 from zofl_jax.algorithms import (
     decomfl,
     fedadagrad,
@@ -28,8 +28,10 @@ from zofl_jax.algorithms import (
     mezo,
     scaffold,
 )
-from zofl_jax.compression import compressed, floats, integers, signs, top_k
+from zofl_jax.conditions import aggregation, privacy
+from zofl_jax.conditions.compression import compressed, floats, integers, signs, top_k
 from zofl_jax.core import Algorithm, Batch, LossFn, Params, Task
+from zofl_jax.directions import estimators, perturbations, scaling
 
 
 class Method(NamedTuple):

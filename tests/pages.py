@@ -212,7 +212,7 @@ def answers(module_commands: list[list[str]], asked: list[str]) -> list[Answer]:
 def _main() -> None:
     by_module, asked = json.load(sys.stdin)
     from experiments import entry  # noqa: F401
-    from zofl_jax import plots, simulation  # noqa: F401  # and with them what takes long
+    from zofl_jax.engine import simulation  # noqa: F401  # and with them what takes long
 
     print(json.dumps({m: _forked(m, commands, asked) for m, commands in by_module.items()}))
 

@@ -63,7 +63,7 @@ FAULTS = (
     # Rounds.
     Fault(
         "round_key_ahead",
-        "zofl_jax/rounds.py",
+        "zofl_jax/engine/rounds.py",
         "(keys.round_key(root.shared, r), state), (before, batches, own_keys)",
         "(keys.round_key(root.shared, r + 1), state), (before, batches, own_keys)",
         "Clients measure along the next round's directions, the server steps along this one's.",
@@ -71,7 +71,7 @@ FAULTS = (
     ),
     Fault(
         "own_key_from_batches",
-        "zofl_jax/rounds.py",
+        "zofl_jax/engine/rounds.py",
         "keys.own_key(root.own, r, c)",
         "keys.own_key(root.batches, r, c)",
         "A client's private noise comes from the key of its batches.",
@@ -79,7 +79,7 @@ FAULTS = (
     ),
     Fault(
         "memory_of_a_lost_round",
-        "zofl_jax/rounds.py",
+        "zofl_jax/engine/rounds.py",
         "_where_rows(counted & healthy, results.memory, before)",
         "_where_rows(counted, results.memory, before)",
         "Clients remember a round that was not applied: theirs is not the last good state.",
@@ -87,7 +87,7 @@ FAULTS = (
     ),
     Fault(
         "nan_accepted",
-        "zofl_jax/rounds.py",
+        "zofl_jax/engine/rounds.py",
         "jnp.all(jnp.abs(flat) <= jnp.asarray(bound, u.dtype), axis=1)",
         "~jnp.any(jnp.abs(flat) > jnp.asarray(bound, u.dtype), axis=1)",
         "A message of NaN compares as small and is accepted.",
@@ -95,7 +95,7 @@ FAULTS = (
     ),
     Fault(
         "weights_of_other_clients",
-        "zofl_jax/rounds.py",
+        "zofl_jax/engine/rounds.py",
         "train.offsets[cohort + 1] - train.offsets[cohort]",
         "jnp.diff(train.offsets)[:clients_per_round]",
         "Means are weighted by the examples of the first clients instead of the cohort's.",
@@ -103,7 +103,7 @@ FAULTS = (
     ),
     Fault(
         "replay_repeats_a_piece",
-        "zofl_jax/simulation.py",
+        "zofl_jax/engine/simulation.py",
         "_pad(x[at : at + most], most)",
         "_pad(x[:most], most)",
         "A replay longer than one dispatch takes the first dispatch's rounds again and again.",
@@ -112,7 +112,7 @@ FAULTS = (
     # Scalars and directions.
     Fault(
         "central_over_mu",
-        "zofl_jax/estimators.py",
+        "zofl_jax/directions/estimators.py",
         "(plus - minus) / (2 * mu)",
         "(plus - minus) / mu",
         "Central differences are twice the derivative.",
@@ -120,7 +120,7 @@ FAULTS = (
     ),
     Fault(
         "base_loss_perturbed",
-        "zofl_jax/estimators.py",
+        "zofl_jax/directions/estimators.py",
         "jnp.where(jnp.arange(-1, num_perturbations) < 0, 0.0, mu)",
         "jnp.where(jnp.arange(-1, num_perturbations) <= 0, 0.0, mu)",
         "Where models are evaluated together, the first direction is measured at no distance.",
@@ -128,7 +128,7 @@ FAULTS = (
     ),
     Fault(
         "last_direction_of_a_part",
-        "zofl_jax/estimators.py",
+        "zofl_jax/directions/estimators.py",
         "jnp.minimum(jnp.arange(chunks * together), count - 1)",
         "jnp.minimum(jnp.arange(chunks * together), count - 2)",
         "Evaluated in parts, the last direction gets the loss of the one before.",
@@ -136,7 +136,7 @@ FAULTS = (
     ),
     Fault(
         "sum_for_mean",
-        "zofl_jax/estimators.py",
+        "zofl_jax/directions/estimators.py",
         "perturbation.accumulate(direction_keys, params, scalars / num_perturbations)",
         "perturbation.accumulate(direction_keys, params, scalars)",
         "The direction is a sum over P directions instead of their mean.",
@@ -144,7 +144,7 @@ FAULTS = (
     ),
     Fault(
         "sphere_scale",
-        "zofl_jax/perturbations.py",
+        "zofl_jax/directions/perturbations.py",
         "factor = math.sqrt(size) / jnp.sqrt(square)",
         "factor = math.sqrt(len(jax.tree.leaves(params)) * size) / jnp.sqrt(square)",
         "The sphere's radius grows with the number of leaves.",
@@ -152,7 +152,7 @@ FAULTS = (
     ),
     Fault(
         "rank_for_its_root",
-        "zofl_jax/perturbations.py",
+        "zofl_jax/directions/perturbations.py",
         "jnp.repeat(scalars / math.sqrt(rank), rank)",
         "jnp.repeat(scalars / rank, rank)",
         "Low-rank directions are summed with 1/r where they are measured with 1/√r.",
@@ -160,7 +160,7 @@ FAULTS = (
     ),
     Fault(
         "low_rank_inner",
-        "zofl_jax/sums.py",
+        "zofl_jax/directions/sums.py",
         "jnp.sum(projected * self.a) / math.sqrt(self.a.shape[-1])",
         "jnp.sum(projected * self.a)",
         "Exact derivatives along low-rank directions lack the factor 1/√r.",
@@ -169,7 +169,7 @@ FAULTS = (
     # Sums that are not formed.
     Fault(
         "scan_order",
-        "zofl_jax/structured.py",
+        "zofl_jax/directions/structured.py",
         "[*consts, *carry, *whole]",
         "[*carry, *consts, *whole]",
         "The body of a scan gets its carry where its constants belong.",
@@ -177,7 +177,7 @@ FAULTS = (
     ),
     Fault(
         "wide_term_dropped",
-        "zofl_jax/structured.py",
+        "zofl_jax/directions/structured.py",
         "for low, outer in wide:",
         "for low, outer in wide[1:]:",
         "A product that can't stand side by side with its matrix loses a term of many columns.",
@@ -185,7 +185,7 @@ FAULTS = (
     ),
     Fault(
         "reshape_mixes_sides",
-        "zofl_jax/structured.py",
+        "zofl_jax/directions/structured.py",
         "kinds = set(sides[i : i + len(run_old)])",
         "kinds = set(sides[i : i + 1])",
         "A reshape that merges axes of both factors is taken for one of a single factor.",
@@ -227,7 +227,7 @@ FAULTS = (
     # The ledger.
     Fault(
         "catch_up_from_its_last_round",
-        "zofl_jax/ledger.py",
+        "zofl_jax/engine/ledger.py",
         "held = 0 if new else last + (sizes.sync is None)",
         "held = 0 if new else last",
         "A client is sent the broadcast of its last round a second time.",
@@ -235,7 +235,7 @@ FAULTS = (
     ),
     Fault(
         "replay_without_seeds",
-        "zofl_jax/ledger.py",
+        "zofl_jax/engine/ledger.py",
         "sent_until_now + sizes.seed + sizes.broadcast",
         "sent_until_now + sizes.broadcast",
         "Seeds of missed rounds are not counted.",
@@ -243,7 +243,7 @@ FAULTS = (
     ),
     Fault(
         "first_sync_twice",
-        "zofl_jax/ledger.py",
+        "zofl_jax/engine/ledger.py",
         "return catch_up, sizes.params if new else 0",
         "return catch_up, sizes.params if last <= 0 else 0",
         "A client that was last there in round 0 is sent the initial params again.",
@@ -252,7 +252,7 @@ FAULTS = (
     # Logs, replay and resume.
     Fault(
         "fingerprint_of_another_round",
-        "zofl_jax/recording.py",
+        "zofl_jax/runs/recording.py",
         "run.log.metrics().get(int(state.round), {}).get(FINGERPRINT)",
         "run.log.metrics().get(int(state.round) - 1, {}).get(FINGERPRINT)",
         "The checksum is looked up where there is none, so a replay with other bits passes.",
@@ -260,7 +260,7 @@ FAULTS = (
     ),
     Fault(
         "a_round_too_many_kept",
-        "zofl_jax/recording.py",
+        "zofl_jax/runs/recording.py",
         "run.log.truncate_after(done - 1)",
         "run.log.truncate_after(done)",
         "A resume keeps the row of the round that is run again.",
@@ -268,7 +268,7 @@ FAULTS = (
     ),
     Fault(
         "rejected_a_round_early",
-        "zofl_jax/recording.py",
+        "zofl_jax/runs/recording.py",
         "trace.first_round + i + 1: {REJECTED: float(count)}",
         "trace.first_round + i: {REJECTED: float(count)}",
         "Rejected messages are logged with the state before their round.",
@@ -276,7 +276,7 @@ FAULTS = (
     ),
     Fault(
         "row_checksum_ignored",
-        "zofl_jax/run_repair.py",
+        "zofl_jax/runs/run_repair.py",
         "sound = run_log.checksum(values) == crc",
         "sound = crc is not None",
         "A row is trusted whose checksum is wrong.",
@@ -284,7 +284,7 @@ FAULTS = (
     ),
     Fault(
         "salvage_over_a_gap",
-        "zofl_jax/run_repair.py",
+        "zofl_jax/runs/run_repair.py",
         'if table == "rounds" and not (sound and values[0] == index):\n                return\n',
         'if table == "rounds" and not (sound and values[0] >= index):\n                return\n',
         "A damaged log is salvaged beyond a missing round, and its replay is of another run.",
@@ -292,7 +292,7 @@ FAULTS = (
     ),
     Fault(
         "snapshot_of_the_start_deleted",
-        "zofl_jax/snapshots.py",
+        "zofl_jax/runs/snapshots.py",
         "wanted = {0, *[r for r in rounds if r <= rounds_done][-keep:]}",
         "wanted = {*[r for r in rounds if r <= rounds_done][-keep:]}",
         "The snapshot of round 0, from which every round can be replayed, is deleted.",
@@ -301,7 +301,7 @@ FAULTS = (
     # Privacy.
     Fault(
         "clip_after_noise",
-        "zofl_jax/privacy.py",
+        "zofl_jax/conditions/privacy.py",
         "clipped = aggregation.clip_norm(result.upload, clip)\n"
         "        return result._replace(upload=_with_noise(noisy, clipped, deviation))",
         "noised = _with_noise(noisy, result.upload, deviation)\n"
@@ -311,7 +311,7 @@ FAULTS = (
     ),
     Fault(
         "noise_without_the_clip",
-        "zofl_jax/privacy.py",
+        "zofl_jax/conditions/privacy.py",
         "deviation = noise_multiplier * clip / math.sqrt(clients_per_round)",
         "deviation = noise_multiplier / math.sqrt(clients_per_round)",
         "The noise doesn't scale with the clipping norm.",
@@ -319,7 +319,7 @@ FAULTS = (
     ),
     Fault(
         "sampling_rate_of_those_heard",
-        "zofl_jax/privacy.py",
+        "zofl_jax/conditions/privacy.py",
         "parts.append((effective, clients_per_round, num_clients, rounds))",
         "parts.append((effective, count, num_clients, rounds))",
         "ε counts as sampled those heard, who are fewer than those asked.",
@@ -327,7 +327,7 @@ FAULTS = (
     ),
     Fault(
         "noise_of_a_step_again",
-        "zofl_jax/privacy.py",
+        "zofl_jax/conditions/privacy.py",
         "_Step(batches, jax.random.split(noise, algorithm.local_steps))",
         "_Step(batches, jnp.broadcast_to(noise, (algorithm.local_steps,)))",
         "All local steps of a client have the same noise.",
@@ -336,7 +336,7 @@ FAULTS = (
     # What the server makes of uploads, and what they are made of.
     Fault(
         "mean_ignores_weights",
-        "zofl_jax/aggregation.py",
+        "zofl_jax/conditions/aggregation.py",
         "shares = weights.astype(wide) / jnp.where(total > 0, total, 1)",
         "shares = (weights > 0).astype(wide) / jnp.maximum(jnp.sum(weights > 0), 1).astype(wide)",
         "The weighted mean is uniform over those who are there.",
@@ -344,7 +344,7 @@ FAULTS = (
     ),
     Fault(
         "trimmed_on_one_side",
-        "zofl_jax/aggregation.py",
+        "zofl_jax/conditions/aggregation.py",
         "kept = ((rank >= dropped) & (rank < count - dropped)).astype(jnp.float32)",
         "kept = ((rank >= dropped) & (rank < count)).astype(jnp.float32)",
         "The trimmed mean keeps the largest numbers.",
@@ -352,7 +352,7 @@ FAULTS = (
     ),
     Fault(
         "error_feedback_dropped",
-        "zofl_jax/compression.py",
+        "zofl_jax/conditions/compression.py",
         "whole = jax.tree.map(lambda u, r: u + r.astype(u.dtype), result.upload, memory.residual)",
         "whole = jax.tree.map(lambda u, r: u + 0 * r.astype(u.dtype), result.upload, "
         "memory.residual)",
@@ -369,7 +369,7 @@ FAULTS = (
     ),
     Fault(
         "absent_inform_the_attack",
-        "zofl_jax/attacks.py",
+        "zofl_jax/conditions/attacks.py",
         "return present & ~malicious",
         "return ~malicious",
         "Attackers know what absent clients would have sent.",
@@ -377,7 +377,7 @@ FAULTS = (
     ),
     Fault(
         "late_along_new_directions",
-        "zofl_jax/staleness.py",
+        "zofl_jax/conditions/staleness.py",
         "after = algorithm.server(before, state, late)",
         "after = algorithm.server(key, state, late)",
         "Late scalars move the model along the directions of the round they arrive in.",

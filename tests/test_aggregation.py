@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zofl_jax import aggregation
+from zofl_jax.conditions import aggregation
 
 SIZE = 9
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from test_privacy import sending
 
-from zofl_jax import aggregation, attacks, compression, estimators, keys, privacy
+from zofl_jax import keys
 from zofl_jax.algorithms import fedkseed
+from zofl_jax.conditions import aggregation, attacks, compression, privacy
+from zofl_jax.directions import estimators
 
 SIZE = 12
 KEY = jax.random.key(3)

@@ -21,7 +21,8 @@ from benchmarks import (
     workloads,
 )
 from experiments import config, tuning
-from zofl_jax import compilation, keys
+from zofl_jax import keys
+from zofl_jax.engine import compilation
 
 KEYS = {
     "config",

@@ -6,9 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from zofl_jax import compression, keys, rounds
+from zofl_jax import keys
 from zofl_jax.algorithms import fedsgd
-from zofl_jax.compression import floats, integers, signs, top_k
+from zofl_jax.conditions import compression
+from zofl_jax.conditions.compression import floats, integers, signs, top_k
+from zofl_jax.engine import rounds
 
 KEY = jax.random.key(0)
 NUMBERS = jnp.array([0.31, -1.7, 0.004, 2.5, -0.9, 0.0, 1e-3])

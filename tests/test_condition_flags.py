@@ -12,7 +12,8 @@ from absl.testing import flagsaver
 
 from experiments import conditions, config, methods, report
 from experiments.entry import UserError
-from zofl_jax import ledger, privacy, simulation
+from zofl_jax.conditions import privacy
+from zofl_jax.engine import ledger, simulation
 
 SMALL = ("--num_clients=6", "--clients_per_round=5", "--batch_size=8", "--perturbation=rademacher")
 

@@ -12,25 +12,18 @@ from test_rounds import counting
 from tiny_simulations import COHORT, advance, assert_same_bits, copy, joined, start
 from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, poisoned_task, softmax_task
 
-from zofl_jax import (
-    aggregation,
-    attacks,
-    compression,
-    estimators,
-    keys,
-    participation,
-    perturbations,
-    privacy,
-    recording,
-    simulation,
-)
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl, fedsgd, feedsign, scaffold
+from zofl_jax.conditions import aggregation, attacks, compression, participation, privacy
+from zofl_jax.conditions.participation import Attendance
+from zofl_jax.conditions.staleness import with_late_uploads
 from zofl_jax.core import Algorithm, ClientResult, Phase, ServerState
 from zofl_jax.data import batches
-from zofl_jax.participation import Attendance
-from zofl_jax.rounds import Conditions
-from zofl_jax.runs import RunError, open_run
-from zofl_jax.staleness import with_late_uploads
+from zofl_jax.directions import estimators, perturbations
+from zofl_jax.engine import simulation
+from zofl_jax.engine.rounds import Conditions
+from zofl_jax.runs import recording
+from zofl_jax.runs.directory import RunError, open_run
 from zofl_jax.tasks.quadratic import quadratic
 
 POPULATION = len(CLIENT_SIZES)

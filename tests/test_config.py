@@ -16,10 +16,12 @@ from tiny_tasks import BATCH_SIZE, softmax_task
 from experiments import config, language, methods, schedules
 from experiments.entry import UserError
 from experiments.schedules import Change
-from zofl_jax import compilation, estimators, keys, perturbations
+from zofl_jax import keys
 from zofl_jax.core import Phase, Task
 from zofl_jax.data.text import TextData
-from zofl_jax.simulation import phase_at
+from zofl_jax.directions import estimators, perturbations
+from zofl_jax.engine import compilation
+from zofl_jax.engine.simulation import phase_at
 
 FOLDER = Path(config.__file__).parent / "flagfiles"
 COMPARISONS = {f for f in FOLDER.glob("*.flags") if "\n--method=" in f.read_text()}

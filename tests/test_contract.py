@@ -11,10 +11,12 @@ import pytest
 from method_table import METHODS, VARIANTS
 from tiny_simulations import assert_replayed, assert_same_bits, copy, joined
 
-from zofl_jax import keys, simulation, snapshots
+from zofl_jax import keys
 from zofl_jax.core import Algorithm, Task
 from zofl_jax.data import partition, sources
+from zofl_jax.engine import simulation
 from zofl_jax.models import mlp
+from zofl_jax.runs import snapshots
 from zofl_jax.tasks import quadratic, vision
 
 BATCH_SIZE = 16

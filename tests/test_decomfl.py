@@ -8,8 +8,9 @@ import pytest
 from jaxprs import shapes_in
 from tiny_tasks import softmax_task
 
-from zofl_jax import estimators, keys, perturbations
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
+from zofl_jax.directions import estimators, perturbations
 
 KEY = keys.round_key(keys.root(2).shared, 0)
 

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from zofl_jax import diagnostics, estimators, perturbations
 from zofl_jax.algorithms import decomfl, hiso
+from zofl_jax.directions import estimators, perturbations
+from zofl_jax.observation import diagnostics
 from zofl_jax.tasks.quadratic import decay_rate, quadratic
 
 DIM, RANK = 40, 6.0

@@ -13,7 +13,7 @@ import pytest
 from commands import TIMEOUT_SECONDS, Commands, Ended, num_logged, stray_lines, summary_of
 
 from experiments import launch_local
-from zofl_jax import processes
+from zofl_jax.engine import processes
 
 ROUNDS = 120
 # Clients of unequal sizes, and a cohort that two devices can't share evenly.

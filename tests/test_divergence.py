@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from zofl_jax import divergence
-from zofl_jax.divergence import ended_above, rising
+from zofl_jax.observation import divergence
+from zofl_jax.observation.divergence import ended_above, rising
 
 
 def noisy(mean, deviation, count, seed=0):

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from zofl_jax import estimators, keys, perturbations
+from zofl_jax import keys
+from zofl_jax.directions import estimators, perturbations
 
 PERTURBATIONS = {
     "gaussian": perturbations.gaussian(),

@@ -11,8 +11,8 @@ from absl.testing import flagsaver
 
 from experiments import config
 from experiments.entry import UserError
-from zofl_jax import fingerprints
-from zofl_jax.runs import RunError, open_run
+from zofl_jax.runs import fingerprints
+from zofl_jax.runs.directory import RunError, open_run
 
 # Library.
 

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from zofl_jax import compression
 from zofl_jax.algorithms import fedadagrad, fedadam, fedavg, fedsgd, fedyogi, scaffold
+from zofl_jax.conditions import compression
 
 KEY = jax.random.key(0)
 CURVATURES = jnp.array([[1.0, 0.1], [0.1, 1.0], [0.5, 0.5]])

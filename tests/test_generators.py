@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import special
 
-from zofl_jax import generators, keys
+from zofl_jax import keys
+from zofl_jax.directions import generators
 
 SHAPES = [(), (1,), (7,), (3, 5), (4, 0), (2, 3, 4)]
 

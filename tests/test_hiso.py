@@ -8,8 +8,9 @@ import pytest
 from tiny_simulations import assert_same_bits
 from tiny_tasks import softmax_task
 
-from zofl_jax import estimators, keys, perturbations, sums
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl, hiso
+from zofl_jax.directions import estimators, perturbations, sums
 
 KEY = keys.round_key(keys.root(2).shared, 0)
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from jaxprs import shapes_in
 
-from zofl_jax import compilation, jaxprs, keys, perturbations, structured, sums
+from zofl_jax import keys
+from zofl_jax.directions import jaxprs, perturbations, structured, sums
+from zofl_jax.engine import compilation
 from zofl_jax.models import convolution
 
 W, X = np.ones((3, 4, 4), np.float32), np.ones((2, 4), np.float32)

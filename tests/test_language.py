@@ -10,11 +10,12 @@ import pytest
 import tiny_texts
 from tiny_simulations import assert_replayed, copy
 
-from zofl_jax import estimators, simulation
 from zofl_jax.algorithms import decomfl
-from zofl_jax.compilation import compiled
 from zofl_jax.data import partition
 from zofl_jax.data.text import TextData
+from zofl_jax.directions import estimators
+from zofl_jax.engine import simulation
+from zofl_jax.engine.compilation import compiled
 from zofl_jax.models import generation, lora, transformer
 from zofl_jax.tasks import encoding, evaluation, language, prompts
 

@@ -7,13 +7,14 @@ import pytest
 import text_benchmarks
 import tiny_texts
 
-from zofl_jax import estimators, simulation
 from zofl_jax.algorithms import decomfl
 from zofl_jax.data import partition
-from zofl_jax.tasks import benchmarks, evaluation, language
+from zofl_jax.directions import estimators
+from zofl_jax.engine import simulation
+from zofl_jax.tasks import catalogue, evaluation, language
 
 TRAINED = ("cb", "squad", "xsum")  # three classes; written answers, with their ROUGE-L too
-NAMES = [name for name, entry in benchmarks.CATALOGUE.items() if entry.tfds]
+NAMES = [name for name, entry in catalogue.CATALOGUE.items() if entry.tfds]
 KEY = jax.random.key(0)
 
 
@@ -49,12 +50,12 @@ def test_a_round_on_a_benchmark_of_each_kind(name, model, tmp_path):
 def prepared(name, model, folder):
     """Returns a benchmark's task, from files as TFDS prepares them."""
     text_benchmarks.prepare(folder, name)
-    data = benchmarks.load(name, folder)
+    data = catalogue.load(name, folder)
     assert (len(data.train), len(data.test)) == (
         text_benchmarks.NUM_TRAIN,
         text_benchmarks.NUM_TEST,
     )
-    entry = benchmarks.CATALOGUE[name]
+    entry = catalogue.CATALOGUE[name]
     order, offsets = partition.iid(KEY, np.zeros(len(data.train)), 4)
     if entry.kind == "classification":
         prompt = entry.prompt._replace(answers=first_words(entry.prompt.answers))

@@ -51,8 +51,8 @@ def imports(path: pathlib.Path) -> set[str]:
 
 def test_the_table_is_found():
     names = [name for row in rows() for name in row]
-    assert names[:2] == ["core", "jaxprs"]
-    assert {"perturbations", "algorithms", "data", "simulation", "plots"} <= set(names)
+    assert names[:2] == ["core", "keys"]
+    assert {"directions", "algorithms", "data", "engine", "runs"} <= set(names)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: module_name(path) or "zofl_jax")

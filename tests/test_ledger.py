@@ -7,9 +7,12 @@ import optax
 import pytest
 from tiny_tasks import BATCH_SIZE, softmax_task
 
-from zofl_jax import estimators, keys, ledger, participation
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
+from zofl_jax.conditions import participation
 from zofl_jax.core import Algorithm, ClientResult
+from zofl_jax.directions import estimators
+from zofl_jax.engine import ledger
 
 SIZES = ledger.MessageSizes(seed=8, upload=20, broadcast=24, params=1000)
 

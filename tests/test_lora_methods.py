@@ -7,9 +7,11 @@ import optax
 import pytest
 import tiny_texts
 
-from zofl_jax import compression, keys, ledger, simulation
+from zofl_jax import keys
 from zofl_jax.algorithms import fedadam, fedavg, scaffold
+from zofl_jax.conditions import compression
 from zofl_jax.data import partition
+from zofl_jax.engine import ledger, simulation
 from zofl_jax.tasks import language, prompts
 
 KEY = jax.random.key(5)

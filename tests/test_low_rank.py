@@ -13,8 +13,9 @@ import test_oracle
 from jaxprs import shapes_in
 from tiny_simulations import OPTIMIZERS
 
-from zofl_jax import estimators, keys, local_models, perturbations, structured, sums
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
+from zofl_jax.directions import estimators, local_models, perturbations, structured, sums
 from zofl_jax.models import architectures, cnn, transformer
 
 KEY = keys.round_key(keys.root(7).shared, 2)

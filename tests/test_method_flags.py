@@ -11,7 +11,8 @@ from tiny_tasks import softmax_task
 
 from experiments import config, methods
 from experiments.entry import UserError
-from zofl_jax import keys, ledger
+from zofl_jax import keys
+from zofl_jax.engine import ledger
 
 SCALARS = {"decomfl", "hiso", "mezo", "feedsign", "fedkseed", "fedkseed_pro"}
 

@@ -9,9 +9,11 @@ import optax
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from zofl_jax import estimators, keys, simulation
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
 from zofl_jax.data import partition, sources
+from zofl_jax.directions import estimators
+from zofl_jax.engine import simulation
 from zofl_jax.models.mlp import Softmax
 from zofl_jax.tasks import objectives, vision
 

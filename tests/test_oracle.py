@@ -11,10 +11,12 @@ import oracle
 import pytest
 from tiny_tasks import BATCH_SIZE, softmax_task
 
-from zofl_jax import estimators, keys, ledger, perturbations, simulation
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import Phase, Task
 from zofl_jax.data import batches as data_batches
+from zofl_jax.directions import estimators, perturbations
+from zofl_jax.engine import ledger, simulation
 from zofl_jax.tasks.quadratic import decay_rate, quadratic
 
 ROUNDS = 20

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zofl_jax import keys, participation
+from zofl_jax import keys
+from zofl_jax.conditions import participation
 
 KEY = keys.root(1).cohort
 ROUNDS = 5_000

@@ -8,9 +8,10 @@ import optax
 import pytest
 from method_table import METHODS
 
-from zofl_jax import estimators, passes
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import Passes, Phase
+from zofl_jax.directions import estimators
+from zofl_jax.engine import passes
 
 P = 3
 ESTIMATORS = {

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zofl_jax import keys, perturbations
+from zofl_jax import keys
+from zofl_jax.directions import perturbations
 
 PERTURBATIONS = {
     "gaussian": perturbations.gaussian(),
@@ -159,7 +160,8 @@ def test_the_bits_are_the_same_under_jit_vmap_and_scan(name):
 
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
-from zofl_jax import keys, perturbations
+from zofl_jax import keys
+from zofl_jax.directions import perturbations
 
 devices = jax.devices()
 assert len(devices) == 2, devices

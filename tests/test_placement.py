@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zofl_jax import placement
+from zofl_jax.engine import placement
 
 TESTS = Path(__file__).parent
 
@@ -18,12 +18,13 @@ TESTS = Path(__file__).parent
 SIMULATIONS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from zofl_jax import placement
+from zofl_jax.engine import placement
 
 assert placement.use_cpu_devices(2) == 2
 import jax, numpy as np, optax
 from tiny_tasks import softmax_task
-from zofl_jax import estimators, perturbations, rounds, simulation
+from zofl_jax.directions import estimators, perturbations
+from zofl_jax.engine import rounds, simulation
 from zofl_jax.algorithms import decomfl
 
 task = softmax_task()

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from zofl_jax import plots
+from zofl_jax.observation import plots
 
 
 def row(round_index, accuracy=None, loss=None, spent=0):

@@ -13,12 +13,15 @@ from test_lora import MASK, TINY, TOKENS, apply
 from tiny_simulations import assert_same_bits, copy, start
 from tiny_tasks import softmax_task
 
-from zofl_jax import estimators, precision, recording, simulation
+from zofl_jax import precision
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import ServerState, Task
 from zofl_jax.data import partition
+from zofl_jax.directions import estimators
+from zofl_jax.engine import simulation
 from zofl_jax.models import lora, transformer
-from zofl_jax.runs import RunError, open_run
+from zofl_jax.runs import recording
+from zofl_jax.runs.directory import RunError, open_run
 
 DIM, RATE, ROUNDS, DIRECTIONS = 64, 1e-5, 64, 4
 SLOPE = np.linspace(0.5, 1.5, DIM, dtype=np.float32)

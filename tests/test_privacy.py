@@ -10,9 +10,11 @@ import optax
 import pytest
 from tiny_tasks import softmax_task
 
-from zofl_jax import aggregation, estimators, keys, perturbations, privacy
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl, fedkseed
+from zofl_jax.conditions import aggregation, privacy
 from zofl_jax.core import Algorithm, ClientResult, ServerState
+from zofl_jax.directions import estimators, perturbations
 
 KEY = keys.round_key(keys.root(2).shared, 0)
 CLIENTS = 4000

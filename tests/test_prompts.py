@@ -11,8 +11,8 @@ import pytest
 import text_benchmarks
 
 from zofl_jax.data.sources import DataError
-from zofl_jax.tasks import benchmarks, prompts
-from zofl_jax.tasks.benchmarks import CATALOGUE
+from zofl_jax.tasks import catalogue, prompts
+from zofl_jax.tasks.catalogue import CATALOGUE
 from zofl_jax.tasks.prompts import Prompt
 
 DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "prompts.md"
@@ -180,7 +180,7 @@ def test_every_benchmark_but_the_reviews_is_in_tfds():
 
 @pytest.mark.parametrize("name", text_benchmarks.NAMES)
 def test_benchmarks_are_read_with_every_row_and_class(data_dir, name):
-    entry, data = CATALOGUE[name], benchmarks.load(name, data_dir)
+    entry, data = CATALOGUE[name], catalogue.load(name, data_dir)
     assert (len(data.train), len(data.test), data.name) == (40, 12, name)
     for rows, split in ((data.train, "train"), (data.test, "test")):
         made = text_benchmarks.examples(name, split)
@@ -199,7 +199,7 @@ def test_benchmarks_are_read_with_every_row_and_class(data_dir, name):
 def test_the_three_classes_of_cb_are_in_the_order_of_their_words(data_dir):
     """Entailment is Yes, contradiction No and neutral Maybe."""
     words = CATALOGUE["cb"].prompt.answers
-    for row in benchmarks.load("cb", data_dir).train:
+    for row in catalogue.load("cb", data_dir).train:
         verb = re.search(" (knew|was wrong|asked) ", row["premise"]).group(1)
         assert words[row["label"]] == {"knew": "Yes", "was wrong": "No", "asked": "Maybe"}[verb]
 
@@ -207,7 +207,7 @@ def test_the_three_classes_of_cb_are_in_the_order_of_their_words(data_dir):
 @pytest.mark.parametrize("name", ["qqp", "rte", "wic", "multirc", "wsc"])
 def test_every_text_of_a_row_is_in_its_prompt(data_dir, name):
     entry = CATALOGUE[name]
-    (row, *_) = benchmarks.load(name, data_dir).train
+    (row, *_) = catalogue.load(name, data_dir).train
     prompt = prompts.render(entry.prompt, row)
     assert all(row[column] in prompt for column in entry.columns if column != "label")
 
@@ -215,13 +215,13 @@ def test_every_text_of_a_row_is_in_its_prompt(data_dir, name):
 def test_a_question_of_boolq_ends_in_one_mark(data_dir):
     entry = CATALOGUE["boolq"]
     assert any(row["question"].endswith("?") for row in text_benchmarks.examples("boolq", "train"))
-    for row in benchmarks.load("boolq", data_dir).train:
+    for row in catalogue.load("boolq", data_dir).train:
         prompt = prompts.render(entry.prompt, row)
         assert prompt.endswith("?\n") and not prompt.endswith("??\n")
 
 
 def test_drop_takes_the_answers_of_all_annotators(data_dir):
-    rows = benchmarks.load("drop", data_dir).train
+    rows = catalogue.load("drop", data_dir).train
     assert {len(row["answers"]) for row in rows} == {1, 2}
     assert all(row["answers"][0] == row["answer"] for row in rows)
 
@@ -229,33 +229,33 @@ def test_drop_takes_the_answers_of_all_annotators(data_dir):
 def test_rows_without_any_answer_are_left_out():
     row = {"passage": "p", "question": "q", "answer": "", "validated_answers": [""]}
     rows = [row, row | {"validated_answers": ["", "3 "]}]
-    assert [found["answers"] for found in benchmarks._tidy(CATALOGUE["drop"], rows)] == [["3"]]
+    assert [found["answers"] for found in catalogue._tidy(CATALOGUE["drop"], rows)] == [["3"]]
 
 
 def test_hidden_labels_are_refused(data_dir, monkeypatch):
     monkeypatch.setattr(
-        benchmarks.tfds,
+        catalogue.tfds,
         "rows",
         lambda *args: {split: [{"sentence": "x", "label": -1}] for split in args[2]},
     )
     with pytest.raises(ValueError, match=r"sst2, train, row 0 has label=-1, .* hidden label"):
-        benchmarks.load("sst2", data_dir)
+        catalogue.load("sst2", data_dir)
 
 
 def test_the_reviews_are_in_the_catalogue(tmp_path):
     lines = [f"{i}\t{i % 2 * 2 - 1}\tsentence {i}" for i in range(900)]
     (tmp_path / "movie_reviews.tsv").write_text("\n".join(lines))
-    data = benchmarks.load("reviews", tmp_path)
+    data = catalogue.load("reviews", tmp_path)
     assert len(data.test) == 872 and len(data.train) == 28
     with pytest.raises(DataError, match="`make reviews` fetches them"):
-        benchmarks.load("reviews")
+        catalogue.load("reviews")
 
 
 def test_unknown_benchmarks_and_missing_data_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"unknown benchmark 'sst3': use one of sst2, qqp, rte"):
-        benchmarks.load("sst3", tmp_path)
+        catalogue.load("sst3", tmp_path)
     with pytest.raises(DataError, match="TFDS has no prepared 'glue/sst2' in"):
-        benchmarks.load("sst2", tmp_path)
+        catalogue.load("sst2", tmp_path)
 
 
 def document() -> str:
@@ -291,13 +291,13 @@ def document() -> str:
 
 
 def example(entry):
-    """Returns a row as `benchmarks.load` would."""
+    """Returns a row as `catalogue.load` would."""
     if entry.name == "reviews":
         return {"text": "A joy from start to end.", "label": 1}
     row = text_benchmarks.examples(entry.name, "train")[1]
     if entry.name == "squad":
         row["answers/text"] = row["answers"]["text"]
-    return benchmarks._tidy(entry, [row])[0]
+    return catalogue._tidy(entry, [row])[0]
 
 
 def fenced(content):

@@ -11,10 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from zofl_jax import estimators, keys, recording, rounds, simulation
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import ClientResult, Phase
-from zofl_jax.runs import Run, RunError, open_run
+from zofl_jax.directions import estimators
+from zofl_jax.engine import rounds, simulation
+from zofl_jax.runs import recording
+from zofl_jax.runs.directory import Run, RunError, open_run
 from zofl_jax.tasks import quadratic
 
 FLAGS = {"seed": 0}

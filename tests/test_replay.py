@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny_simulations import advance, assert_same_bits, copy, joined, make_simulator, start
 
-from zofl_jax import rounds, simulation
+from zofl_jax.engine import rounds, simulation
 
 ROUNDS = 12
 

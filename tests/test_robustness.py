@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import robustness
-from zofl_jax import attacks, keys
+from zofl_jax import keys
+from zofl_jax.conditions import attacks
 
 CELLS = json.loads(robustness.RESULTS.read_text())["cells"]
 PARTS = [(dataset, method) for dataset in ("digits", "fashion") for method in robustness.METHODS]

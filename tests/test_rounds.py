@@ -10,9 +10,11 @@ import pytest
 from jaxprs import shapes_in
 from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, softmax_task
 
-from zofl_jax import estimators, keys, rounds
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import Algorithm, ClientResult, ServerState
+from zofl_jax.directions import estimators
+from zofl_jax.engine import rounds
 
 COHORT = 3
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from zofl_jax import run_log, run_repair
-from zofl_jax.run_files import RunError
-from zofl_jax.run_log import RoundRow
+from zofl_jax.runs import run_log, run_repair
+from zofl_jax.runs.run_files import RunError
+from zofl_jax.runs.run_log import RoundRow
 
 GOLDEN = Path(__file__).parent / "data" / "golden_log.sqlite"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "log_format.md"

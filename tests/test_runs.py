@@ -17,8 +17,8 @@ import optax
 import pytest
 from matplotlib.figure import Figure
 
-from zofl_jax import runs, snapshots
-from zofl_jax.runs import RoundRow, RunError
+from zofl_jax.runs import directory, snapshots
+from zofl_jax.runs.directory import RoundRow, RunError
 
 FLAGS = {"task": "digits", "rounds": 100, "learning_rate": 0.1, "weighted": True, "data": None}
 
@@ -66,90 +66,92 @@ def names(path):
 
 
 def test_new_run_is_created_and_reopened(workdir):
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         assert (run.path, run.flags, run.notice) == (workdir, FLAGS, None)
         assert (run.log.last_round, run.snapshot_rounds, run.read_summary()) == (-1, [], None)
         run.log.append(make_rows(0, 3))
-    assert runs.read_flags(workdir) == json.loads((workdir / "flags.json").read_text()) == FLAGS
-    with runs.open_run(str(workdir), dict(reversed(FLAGS.items()))) as run:
+    assert (
+        directory.read_flags(workdir) == json.loads((workdir / "flags.json").read_text()) == FLAGS
+    )
+    with directory.open_run(str(workdir), dict(reversed(FLAGS.items()))) as run:
         assert (run.log.last_round, run.notice) == (2, None)
     assert names(workdir) == ["flags.json", "lock", "log.sqlite", "snapshots"]
 
 
 def test_changed_flag_is_refused_by_name(workdir):
-    runs.open_run(workdir, FLAGS).close()
+    directory.open_run(workdir, FLAGS).close()
     before = (workdir / "flags.json").read_bytes()
     changed = {**FLAGS, "learning_rate": 0.2}
     with pytest.raises(
         RunError, match=r"--learning_rate is 0.2 but .* started with 0.1: choose another --workdir"
     ):
-        runs.open_run(workdir, changed)
+        directory.open_run(workdir, changed)
     with pytest.raises(
         RunError, match=r"--task is 'idx' .*'digits' \(also different: --weighted\)"
     ):
-        runs.open_run(workdir, {**FLAGS, "task": "idx", "weighted": False})
+        directory.open_run(workdir, {**FLAGS, "task": "idx", "weighted": False})
     with pytest.raises(RunError, match=r"--momentum is 0.9 but .* started with not set"):
-        runs.open_run(workdir, {**FLAGS, "momentum": 0.9})
+        directory.open_run(workdir, {**FLAGS, "momentum": 0.9})
     with pytest.raises(RunError, match=r"--task is not set but .* started with 'digits'"):
-        runs.open_run(workdir, {k: v for k, v in FLAGS.items() if k != "task"})
+        directory.open_run(workdir, {k: v for k, v in FLAGS.items() if k != "task"})
     assert (workdir / "flags.json").read_bytes() == before
-    runs.open_run(workdir, FLAGS).close()  # The refusals let go of the lock.
-    runs.open_run(workdir, {**FLAGS, "of_a_later_release": None}).close()
-    runs.open_run(workdir, FLAGS).close()
+    directory.open_run(workdir, FLAGS).close()  # The refusals let go of the lock.
+    directory.open_run(workdir, {**FLAGS, "of_a_later_release": None}).close()
+    directory.open_run(workdir, FLAGS).close()
 
 
 def test_flags_that_may_change_are_updated(workdir):
-    runs.open_run(workdir, FLAGS).close()
+    directory.open_run(workdir, FLAGS).close()
     changed = {**FLAGS, "rounds": 200, "tensorboard": True}
-    with runs.open_run(workdir, changed, may_change=("rounds", "tensorboard")) as run:
+    with directory.open_run(workdir, changed, may_change=("rounds", "tensorboard")) as run:
         assert run.flags == changed
-    assert runs.read_flags(workdir) == changed
+    assert directory.read_flags(workdir) == changed
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, [1], np.float32(1), {"a": 1}])
 def test_flags_must_be_plain(workdir, value):
     with pytest.raises(ValueError, match="flag rate must be a str, finite number, bool or None"):
-        runs.open_run(workdir, {"rate": value})
+        directory.open_run(workdir, {"rate": value})
     assert not workdir.exists()
 
 
 def test_directories_that_are_no_runs_are_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(RunError, match=r"holds files but no run \(it has no flags.json\)"):
-        runs.open_run(tmp_path, FLAGS)
+        directory.open_run(tmp_path, FLAGS)
     with pytest.raises(RunError, match="is not a directory: choose another --workdir"):
-        runs.open_run(tmp_path / "thesis.tex", FLAGS)
+        directory.open_run(tmp_path / "thesis.tex", FLAGS)
     with pytest.raises(RunError, match=r"can't be used .*Not a directory"):
-        runs.open_run(tmp_path / "thesis.tex" / "run", FLAGS)
+        directory.open_run(tmp_path / "thesis.tex" / "run", FLAGS)
     with pytest.raises(RunError, match="--workdir is empty"):
-        runs.open_run("", FLAGS)
+        directory.open_run("", FLAGS)
     with pytest.raises(RunError, match=r"is not a run .*: choose the --workdir of a run"):
-        runs.read_flags(tmp_path)
+        directory.read_flags(tmp_path)
     assert names(tmp_path) == ["thesis.tex"]
     (tmp_path / "empty").mkdir()
-    runs.open_run(tmp_path / "empty", FLAGS).close()
+    directory.open_run(tmp_path / "empty", FLAGS).close()
 
 
 @pytest.mark.parametrize("text", ["", '{"task": ', "[]"])
 def test_unreadable_flags_are_refused(workdir, text):
-    runs.open_run(workdir, FLAGS).close()
+    directory.open_run(workdir, FLAGS).close()
     (workdir / "flags.json").write_text(text)
     with pytest.raises(RunError, match=r"flags.json can't be read .*: restore it from a copy"):
-        runs.open_run(workdir, FLAGS)
+        directory.open_run(workdir, FLAGS)
 
 
 def test_one_process_at_a_time(workdir):
-    run = runs.open_run(workdir, FLAGS)
+    run = directory.open_run(workdir, FLAGS)
     with pytest.raises(RunError, match=rf"in use by another process \(id {os.getpid()}\): wait"):
-        runs.open_run(workdir, FLAGS)
+        directory.open_run(workdir, FLAGS)
     run.close()
     run.close()
-    runs.open_run(workdir, FLAGS).close()
+    directory.open_run(workdir, FLAGS).close()
 
 
 def test_home_directory_is_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with runs.open_run("~/run", FLAGS) as run:
+    with directory.open_run("~/run", FLAGS) as run:
         assert run.path == tmp_path / "run"
 
 
@@ -158,13 +160,13 @@ def test_home_directory_is_understood(tmp_path, monkeypatch):
 
 def test_inputs_are_noted_once_and_changed_ones_refused_by_name(workdir):
     inputs = {"training data": "aa", "number of rows": 3, "rate": None}
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         run.check_inputs(inputs)
         assert run.notice is None
         run.log.append(make_rows(0, 1))
     noted = (workdir / "inputs.json").read_bytes()
     assert json.loads(noted) == inputs
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         run.check_inputs({"rate": None, "number of rows": 3})
         assert run.notice is None
         with pytest.raises(
@@ -181,7 +183,7 @@ def test_inputs_are_noted_once_and_changed_ones_refused_by_name(workdir):
 
 def test_a_run_of_an_earlier_release_goes_on_and_says_so_once(workdir):
     for expected in (True, False):
-        with runs.open_run(workdir, FLAGS) as run:
+        with directory.open_run(workdir, FLAGS) as run:
             if expected:
                 run.log.append(make_rows(0, 1))
             run.check_inputs({})
@@ -194,7 +196,7 @@ def test_a_run_of_an_earlier_release_goes_on_and_says_so_once(workdir):
 
 @pytest.mark.parametrize("text", ["", '{"task": ', "[]"])
 def test_unreadable_inputs_are_refused(workdir, text):
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         (workdir / "inputs.json").write_text(text)
         with pytest.raises(RunError, match=r"inputs.json can't be read .*: restore .* or delete"):
             run.check_inputs({"training data": "aa"})
@@ -204,25 +206,25 @@ def test_unreadable_inputs_are_refused(workdir, text):
 
 
 def test_damaged_log_is_reported(workdir):
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         run.log.append(make_rows(0, 500))
     data = (workdir / "log.sqlite").read_bytes()
     (workdir / "log.sqlite").write_bytes(data[: len(data) // 2])
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         last = run.log.last_round
         assert 150 < last < 300
         assert f"after round {last}, the last good one" in run.notice
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         assert run.notice is None
 
 
 def test_missing_log_starts_again_from_the_initial_snapshot(workdir):
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         run.save_snapshot(0, make_state(0))
         run.log.append(make_rows(0, 5))
         run.save_snapshot(5, make_state(5))
     (workdir / "log.sqlite").unlink()
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         assert "log.sqlite is missing: the run starts again from round 0" in run.notice
         assert run.latest_snapshot(make_state())[0] == 0
 
@@ -232,7 +234,7 @@ def test_missing_log_starts_again_from_the_initial_snapshot(workdir):
 
 def test_snapshot_restores_every_leaf(workdir):
     state = make_state(3.25)
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         assert run.latest_snapshot(state) is None
         run.save_snapshot(0, state)
         for template in (make_state(), jax.eval_shape(make_state)):
@@ -244,7 +246,7 @@ def test_snapshot_restores_every_leaf(workdir):
 
 def test_numpy_leaves_stay_numpy(workdir):
     tree = {"counts": np.arange(3, dtype=np.int64), "mean": np.float64(1 / 3)}
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         run.save_snapshot(0, tree)
         _, restored = run.latest_snapshot(tree)
     assert {name: x.dtype for name, x in restored.items()} == {"counts": np.int64, "mean": float}
@@ -253,7 +255,7 @@ def test_numpy_leaves_stay_numpy(workdir):
 
 
 def test_last_snapshots_and_the_first_are_kept(workdir):
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         run.log.append(make_rows(0, 50))
         for rounds_done in (0, 10, 20, 30):
             run.save_snapshot(rounds_done, make_state(rounds_done))
@@ -276,7 +278,7 @@ def test_last_snapshots_and_the_first_are_kept(workdir):
 
 
 def test_snapshot_that_does_not_fit_names_the_leaf(workdir):
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         run.save_snapshot(0, make_state())
         cases = [
             (make_state(width=4), r"params/dense/bias is float32\[3\] there and float32\[4\] here"),
@@ -301,7 +303,7 @@ def test_snapshot_that_does_not_fit_names_the_leaf(workdir):
 
 @pytest.mark.parametrize("offset", [0, 8, 41, 44, 200, -1])
 def test_damaged_snapshot_gives_way_to_the_one_before(workdir, offset):
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         run.log.append(make_rows(0, 50))
         for rounds_done in (0, 10, 20):
             run.save_snapshot(rounds_done, make_state(rounds_done))
@@ -309,7 +311,7 @@ def test_damaged_snapshot_gives_way_to_the_one_before(workdir, offset):
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
     path.write_bytes(data)
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         rounds_done, state = run.latest_snapshot(make_state())
         assert rounds_done == 10
         assert_same(state, make_state(10))
@@ -319,7 +321,7 @@ def test_damaged_snapshot_gives_way_to_the_one_before(workdir, offset):
 
 
 def test_torn_snapshots_with_nothing_before_them(workdir):
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         run.log.append(make_rows(0, 5))
         for rounds_done in (0, 5):
             run.save_snapshot(rounds_done, make_state())
@@ -331,7 +333,7 @@ def test_torn_snapshots_with_nothing_before_them(workdir):
 
 
 def test_newer_snapshot_format_is_refused(workdir, monkeypatch):
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         with monkeypatch.context() as patch:
             patch.setattr(snapshots, "FORMAT_VERSION", 2)
             run.save_snapshot(0, make_state())
@@ -341,7 +343,7 @@ def test_newer_snapshot_format_is_refused(workdir, monkeypatch):
 
 
 def test_what_snapshots_cannot_hold(workdir):
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         for leaf, kind in ((jax.random.key(0), "key<fry>"), (0.5, "float"), (np.array("a"), "<U1")):
             with pytest.raises(
                 ValueError, match=f"leaf a/b .* must be an array of numbers.*{kind}"
@@ -367,7 +369,7 @@ def test_summary_is_strict_json(workdir):
         "ok": np.bool_(True),
         "name": None,
     }
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         run.write_summary({"old": 1})
         run.write_summary(summary)
         expected = {
@@ -387,7 +389,7 @@ def test_summary_is_strict_json(workdir):
 
 def test_figures_are_saved(workdir):
     figure = Figure()
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         path = run.save_figure("accuracy.png", figure)
         assert path == workdir / "accuracy.png"
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -401,7 +403,7 @@ def test_full_disk_is_reported(workdir, monkeypatch):
     def no_space(descriptor):
         raise OSError(28, "No space left on device")
 
-    with runs.open_run(workdir, FLAGS) as run:
+    with directory.open_run(workdir, FLAGS) as run:
         run.write_summary({"rounds": 1})
         monkeypatch.setattr(os, "fsync", no_space)
         with pytest.raises(RunError, match=r"No space left on device.*disk is not full"):
@@ -416,13 +418,14 @@ def test_full_disk_is_reported(workdir, monkeypatch):
 KILLED_AT_EVERY_STEP = textwrap.dedent("""
     import os, signal, sys
     import numpy as np
-    from zofl_jax import runs
+    from zofl_jax.runs import directory
 
     def row(r):
         return runs.RoundRow(r, b"8 bytes!", bytes([r] * 20), 0.5, 1, 2, 3, 4, 5)
 
     def work(path, damage):
-        with runs.open_run(path, {"seed": 1, "rounds": len(path)}, may_change=("rounds",)) as run:
+        flags = {"seed": 1, "rounds": len(path)}
+        with directory.open_run(path, flags, may_change=("rounds",)) as run:
             if not run.snapshot_rounds:
                 run.save_snapshot(0, {"x": np.zeros(3)})
             for r in range(run.log.last_round + 1, 2):
@@ -436,7 +439,7 @@ KILLED_AT_EVERY_STEP = textwrap.dedent("""
             work(path, False)
 
     def check(path):
-        with runs.open_run(path, {"seed": 1, "rounds": 0}, may_change=("rounds",)) as run:
+        with directory.open_run(path, {"seed": 1, "rounds": 0}, may_change=("rounds",)) as run:
             logged = run.log.rounds()
             assert logged == [row(r) for r in range(len(logged))], logged
             assert run.log.metrics() == {r + 1: {"loss": float(r)} for r in range(len(logged))}
@@ -493,9 +496,9 @@ def test_killed_at_every_step_it_opens_again(tmp_path):
 
 ENDLESS = textwrap.dedent("""
     import itertools, sys
-    from zofl_jax import runs
+    from zofl_jax.runs import directory
 
-    run = runs.open_run(sys.argv[1], {})
+    run = directory.open_run(sys.argv[1], {})
     for r in itertools.count(run.log.last_round + 1):
         run.log.append([runs.RoundRow(r, b"8 bytes!", b"x" * 20, 0.5, 1, 2, 3, 4, 5)])
         print(r, flush=True)
@@ -517,10 +520,10 @@ def test_killed_while_writing_the_log(workdir):
                 if int(line) >= logged + 30:
                     break
             with pytest.raises(RunError, match=rf"in use by another process \(id {process.pid}\)"):
-                runs.open_run(workdir, {})
+                directory.open_run(workdir, {})
             process.send_signal(signal.SIGKILL)
             said = [int(line), *map(int, process.stdout.read().split())]
-        with runs.open_run(workdir, {}) as run:
+        with directory.open_run(workdir, {}) as run:
             assert run.notice is None
             assert run.log.rounds() == make_rows(0, run.log.last_round + 1)
             assert said[-1] <= run.log.last_round <= said[-1] + 1

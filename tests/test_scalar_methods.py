@@ -10,8 +10,9 @@ import pytest
 from tiny_simulations import assert_same_bits
 from tiny_tasks import softmax_task
 
-from zofl_jax import estimators, keys
+from zofl_jax import keys
 from zofl_jax.algorithms import decomfl, fedkseed, fedzo, feedsign, mezo
+from zofl_jax.directions import estimators
 
 KEY = keys.round_key(keys.root(2).shared, 0)
 POOL = keys.pool_key(keys.root(2).shared)

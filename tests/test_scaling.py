@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zofl_jax import perturbations, scaling
+from zofl_jax.directions import perturbations, scaling
 
 KEY = jax.random.key(3)
 PARAMS = {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}

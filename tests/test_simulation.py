@@ -10,9 +10,10 @@ import pytest
 from tiny_simulations import COHORT, advance, assert_same_bits, copy, joined, make_simulator, start
 from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, poisoned_task, softmax_task
 
-from zofl_jax import estimators, rounds, simulation
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import Phase
+from zofl_jax.directions import estimators
+from zofl_jax.engine import rounds, simulation
 from zofl_jax.tasks.quadratic import quadratic
 
 ROUNDS = 12

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jaxprs import shapes_in
 
-from zofl_jax import generators, keys, perturbations, structured, sums
+from zofl_jax import keys
+from zofl_jax.directions import generators, perturbations, structured, sums
 from zofl_jax.models import cnn
 
 KEY = keys.round_key(keys.root(11).shared, 0)

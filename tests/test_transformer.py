@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zofl_jax import estimators, keys, perturbations
+from zofl_jax import keys
+from zofl_jax.directions import estimators, perturbations
 from zofl_jax.models import architectures, blocks, generation, transformer
 
 TINY = architectures.Config(

@@ -11,7 +11,7 @@ from commands import summary_of
 from experiments import config, tuning
 from experiments.entry import UserError
 from experiments.tuning import Trial
-from zofl_jax.diagnostics import Diagnosis
+from zofl_jax.observation.diagnostics import Diagnosis
 
 QUADRATIC = [
     *("--task=quadratic", "--quadratic_dim=50", "--effective_rank=5", "--momentum=0"),

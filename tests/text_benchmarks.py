@@ -12,7 +12,7 @@ import types
 import numpy as np
 import pytest
 
-from zofl_jax.tasks.benchmarks import CATALOGUE
+from zofl_jax.tasks.catalogue import CATALOGUE
 
 NUM_TRAIN = 40
 NUM_TEST = 12

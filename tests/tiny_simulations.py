@@ -9,9 +9,10 @@ import optax
 import programs
 from tiny_tasks import BATCH_SIZE, softmax_task
 
-from zofl_jax import estimators, perturbations, simulation
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import Task
+from zofl_jax.directions import estimators, perturbations
+from zofl_jax.engine import simulation
 
 COHORT = 3
 

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import aggregation, keys, local_models, precision
+from zofl_jax import keys, precision
+from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -34,7 +35,8 @@ from zofl_jax.core import (
     ServerState,
     Upload,
 )
-from zofl_jax.estimators import Estimate, Estimator
+from zofl_jax.directions import local_models
+from zofl_jax.directions.estimators import Estimate, Estimator
 
 
 def decomfl(
@@ -59,7 +61,7 @@ def decomfl(
     Raises:
       ValueError: if `local_steps` < 1.
 
-    >>> from zofl_jax import estimators
+    >>> from zofl_jax.directions import estimators
     >>> f = lambda x, batch: 0.5 * jnp.sum(jnp.square(x - batch))
     >>> algorithm = decomfl(f, estimators.central_difference(4, 1e-3), optax.sgd(0.1))
     >>> state = algorithm.init(jnp.zeros(3))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import aggregation, precision
+from zofl_jax import precision
 from zofl_jax.algorithms.local_training import (
     ClientOptimizer,
     Gradient,
@@ -24,7 +24,7 @@ from zofl_jax.algorithms.local_training import (
     exact,
     train,
 )
-from zofl_jax.batching import at_once
+from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -39,6 +39,7 @@ from zofl_jax.core import (
     Sync,
     Upload,
 )
+from zofl_jax.directions.batching import at_once
 
 
 def fedavg(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from zofl_jax import keys, precision
-from zofl_jax.compression import Codec
+from zofl_jax.conditions.compression import Codec
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -38,7 +38,7 @@ from zofl_jax.core import (
     Upload,
     Wire,
 )
-from zofl_jax.estimators import Estimator
+from zofl_jax.directions.estimators import Estimator
 
 
 class SeedPool(NamedTuple):
@@ -85,7 +85,7 @@ def fedkseed(
     Raises:
       ValueError: for arguments out of range.
 
-    >>> from zofl_jax import estimators
+    >>> from zofl_jax.directions import estimators
     >>> f = lambda x, batch: 0.5 * jnp.sum(jnp.square(x - batch))
     >>> algorithm = fedkseed(f, estimators.central_difference(1, 1e-3), 0.1,
     ...                      pool_key=jax.random.key(7), pool_size=64, local_steps=5)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import aggregation, precision
+from zofl_jax import precision
 from zofl_jax.algorithms.fedavg import descend_by, whole_model
-from zofl_jax.batching import at_once
+from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -27,6 +27,7 @@ from zofl_jax.core import (
     ServerState,
     Upload,
 )
+from zofl_jax.directions.batching import at_once
 
 
 def fedsgd(

@@ -11,7 +11,7 @@ two. Ref: arXiv 2201.09531, Algorithm 1.
 from zofl_jax.algorithms.fedavg import dense
 from zofl_jax.algorithms.local_training import ClientOptimizer, estimated
 from zofl_jax.core import Algorithm, LossFn
-from zofl_jax.estimators import Estimator
+from zofl_jax.directions.estimators import Estimator
 
 
 def fedzo(
@@ -37,7 +37,7 @@ def fedzo(
       ValueError: if `local_steps` < 1.
 
     >>> import jax, jax.numpy as jnp, optax
-    >>> from zofl_jax import estimators
+    >>> from zofl_jax.directions import estimators
     >>> f = lambda x, batch: 0.5 * jnp.sum(jnp.square(x - batch))
     >>> algorithm = fedzo(f, estimators.forward_difference(4, 1e-3), optax.sgd(0.1))
     >>> state, key = algorithm.init(jnp.zeros(3)), jax.random.key(0)

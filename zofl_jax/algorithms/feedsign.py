@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import compression
 from zofl_jax.algorithms.decomfl import decomfl
+from zofl_jax.conditions import compression
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -34,7 +34,7 @@ from zofl_jax.core import (
     Upload,
     Wire,
 )
-from zofl_jax.estimators import Estimator
+from zofl_jax.directions.estimators import Estimator
 
 
 def feedsign(
@@ -59,7 +59,7 @@ def feedsign(
     Raises:
       ValueError: unless ε is positive.
 
-    >>> from zofl_jax import estimators
+    >>> from zofl_jax.directions import estimators
     >>> f = lambda x, batch: 0.5 * jnp.sum(jnp.square(x - batch))
     >>> algorithm = feedsign(f, estimators.central_difference(1, 1e-3), optax.sgd(0.1))
     >>> state, key = algorithm.init(jnp.zeros(3)), jax.random.key(0)

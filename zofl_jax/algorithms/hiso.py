@@ -34,9 +34,9 @@ from zofl_jax.core import (
     PRNGKey,
     ServerState,
 )
-from zofl_jax.estimators import Estimator
-from zofl_jax.perturbations import Perturbation, gaussian
-from zofl_jax.scaling import scaled
+from zofl_jax.directions.estimators import Estimator
+from zofl_jax.directions.perturbations import Perturbation, gaussian
+from zofl_jax.directions.scaling import scaled
 
 
 class HisoState(NamedTuple):
@@ -72,7 +72,7 @@ def hiso(
     Raises:
       ValueError: for arguments out of range.
 
-    >>> from zofl_jax import estimators
+    >>> from zofl_jax.directions import estimators
     >>> f = lambda x, batch: 0.5 * jnp.sum(jnp.square(x - batch))
     >>> algorithm = hiso(f, lambda z: estimators.central_difference(4, 1e-3, z), optax.sgd(0.1))
     >>> state = algorithm.init(jnp.zeros(3))

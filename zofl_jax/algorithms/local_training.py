@@ -14,7 +14,7 @@ import optax
 
 from zofl_jax import keys
 from zofl_jax.core import Array, Batch, Batches, LossFn, Params, PRNGKey
-from zofl_jax.estimators import Estimator
+from zofl_jax.directions.estimators import Estimator
 
 Gradient = Callable[[PRNGKey, Array, Params, Batch], tuple[Params, Array]]
 """(key of the local step, round, params, batch) -> a gradient, and the loss []."""

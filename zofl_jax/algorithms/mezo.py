@@ -11,8 +11,8 @@ import optax
 
 from zofl_jax.algorithms.decomfl import decomfl
 from zofl_jax.core import Algorithm, LossFn
-from zofl_jax.estimators import central_difference
-from zofl_jax.perturbations import Perturbation
+from zofl_jax.directions.estimators import central_difference
+from zofl_jax.directions.perturbations import Perturbation
 
 
 def mezo(

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import aggregation, precision
+from zofl_jax import precision
 from zofl_jax.algorithms.local_training import Trained, difference, exact, train
-from zofl_jax.batching import at_once
+from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -36,6 +36,7 @@ from zofl_jax.core import (
     Sync,
     Upload,
 )
+from zofl_jax.directions.batching import at_once
 
 
 def scaffold(

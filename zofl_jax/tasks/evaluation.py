@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofl_jax.compilation import compiled
 from zofl_jax.core import Array, Batch, Params, PRNGKey
 from zofl_jax.data import batches as data_batches
+from zofl_jax.engine.compilation import compiled
 from zofl_jax.models.generation import generate
 from zofl_jax.tasks import answers, language
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zofl_jax import generators, keys, sums
+from zofl_jax import keys
 from zofl_jax.core import Array, Params, PRNGKey
+from zofl_jax.directions import generators, sums
 
 Draw = Callable[[PRNGKey, tuple[int, ...], Any], Array]
 """(key, shape, dtype) -> an array of independent numbers."""
@@ -101,7 +102,7 @@ def low_rank(rank: int = 1) -> Perturbation:
 
     Ref: Chen et al. 2024 (LOZO, arXiv 2410.07698); Sarkar et al. 2025 (EGGROLL, 2511.16652).
 
-    >>> from zofl_jax import sums
+    >>> from zofl_jax.directions import sums
     >>> z = sums.arrays(low_rank().sample(jax.random.key(0), {"w": jnp.zeros((4, 3))}))
     >>> int(jnp.linalg.matrix_rank(z["w"]))
     1

@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from zofl_jax import jaxprs
 from zofl_jax.core import Array
-from zofl_jax.sums import NARROW, LowRank, Side, as_array, is_value
+from zofl_jax.directions import jaxprs
+from zofl_jax.directions.sums import NARROW, LowRank, Side, as_array, is_value
 
 _LEFT: Side = "left"
 _RIGHT: Side = "right"
@@ -41,7 +41,7 @@ def evaluate(fn: Callable[..., Any], *args: Any) -> Any:
       fn: a traceable function of trees of arrays.
       *args: its arguments.
 
-    >>> from zofl_jax.sums import Term
+    >>> from zofl_jax.directions.sums import Term
     >>> w = LowRank(jnp.zeros((2, 3)), (Term(jnp.ones((2, 1)), jnp.ones((3, 1)), jnp.ones(1)),),
     ...     ("left", "right"))
     >>> evaluate(lambda w, x: x @ w, w, jnp.ones(2)).tolist()

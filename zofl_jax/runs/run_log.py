@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import zofl_jax
-from zofl_jax.run_files import RunError, temporary_path
+from zofl_jax.runs.run_files import RunError, temporary_path
 
 FORMAT_VERSION = 1
 """The version of new logs, and the newest that can be read."""

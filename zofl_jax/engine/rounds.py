@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from zofl_jax import aggregation, attacks, keys, ledger, participation, placement
+from zofl_jax import keys
+from zofl_jax.conditions import aggregation, attacks, participation
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -39,6 +40,7 @@ from zofl_jax.core import (
     Upload,
 )
 from zofl_jax.data import batches as data_batches
+from zofl_jax.engine import ledger, placement
 
 Weighting = Literal["uniform", "examples"]
 

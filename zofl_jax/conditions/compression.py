@@ -81,7 +81,7 @@ def compressed(algorithm: Algorithm, codec: Codec, *, error_feedback: bool = Fal
       ValueError: while tracing, for error feedback on uploads that are not like the params.
 
     >>> from zofl_jax.algorithms import decomfl
-    >>> from zofl_jax import estimators
+    >>> from zofl_jax.directions import estimators
     >>> import optax
     >>> f = lambda x, batch: 0.5 * jnp.sum(jnp.square(x - batch))
     >>> inner = decomfl(f, estimators.central_difference(4, 1e-3), optax.sgd(0.1))

@@ -15,7 +15,7 @@ import numpy as np
 from flax import serialization
 
 from zofl_jax import keys
-from zofl_jax.run_files import RunError, write_atomically
+from zofl_jax.runs.run_files import RunError, write_atomically
 
 FORMAT_VERSION = 1
 """The version of new snapshots, and the newest that can be read."""

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zofl_jax import run_log
-from zofl_jax.run_files import RunError, replace, temporary_path
-from zofl_jax.run_log import FORMAT_VERSION, PAGE_SIZE, RESERVED_META, RunLog
+from zofl_jax.runs import run_log
+from zofl_jax.runs.run_files import RunError, replace, temporary_path
+from zofl_jax.runs.run_log import FORMAT_VERSION, PAGE_SIZE, RESERVED_META, RunLog
 
 _TABLES = ("rounds", "metrics", "meta")
 # The first bytes of every log: magic, page size, rollback journal, fixed fractions.

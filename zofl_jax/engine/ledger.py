@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofl_jax import keys, participation
+from zofl_jax import keys
+from zofl_jax.conditions import participation
 from zofl_jax.core import Algorithm, Batches, Params, PRNGKey
 
 WEIGHT_BYTES = 4

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import keys, sums
+from zofl_jax import keys
 from zofl_jax.core import Array, Batch, LossFn, Params, PRNGKey
-from zofl_jax.perturbations import Perturbation
+from zofl_jax.directions import sums
+from zofl_jax.directions.perturbations import Perturbation
 
 
 def scaled(perturbation: Perturbation, factors: Params) -> Perturbation:
@@ -22,7 +23,7 @@ def scaled(perturbation: Perturbation, factors: Params) -> Perturbation:
       perturbation: how u is drawn.
       factors: s, a tree like the params; booleans are a mask.
 
-    >>> from zofl_jax.perturbations import rademacher
+    >>> from zofl_jax.directions.perturbations import rademacher
     >>> only_first = scaled(rademacher(), jnp.array([True, False]))
     >>> jnp.abs(only_first.sample(jax.random.key(0), jnp.zeros(2))).tolist()
     [1.0, 0.0]

@@ -25,7 +25,7 @@ def total(phases: Sequence[Phase], attended: Sequence[int]) -> Passes:
       attended: of each round, how many clients were there, see `ledger.Ledger.attended`. They
         compute whether or not their upload arrives.
 
-    >>> from zofl_jax import estimators
+    >>> from zofl_jax.directions import estimators
     >>> from zofl_jax.algorithms import decomfl
     >>> import optax
     >>> method = decomfl(abs, estimators.central_difference(5, 1e-3), optax.sgd(1.0), local_steps=2)

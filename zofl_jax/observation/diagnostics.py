@@ -36,7 +36,7 @@ from zofl_jax.core import (
     ServerState,
     Task,
 )
-from zofl_jax.estimators import inner
+from zofl_jax.directions.estimators import inner
 
 
 class Trace(NamedTuple):

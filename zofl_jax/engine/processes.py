@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from zofl_jax.simulation import Flight, Simulator, Trace
+from zofl_jax.engine.simulation import Flight, Simulator, Trace
 
 WORD_BYTES = 8192
 """Of the message that each process sends before each dispatch."""

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofl_jax import keys, structured, sums
-from zofl_jax.batching import at_once
+from zofl_jax import keys
 from zofl_jax.core import Array, Batch, LossFn, Params, Passes, PRNGKey
-from zofl_jax.perturbations import Perturbation, draw_all, gaussian
+from zofl_jax.directions import structured, sums
+from zofl_jax.directions.batching import at_once
+from zofl_jax.directions.perturbations import Perturbation, draw_all, gaussian
 
 
 class Estimate(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from zofl_jax import jaxprs
 from zofl_jax.core import Array, Batch, Params
+from zofl_jax.directions import jaxprs
 
 
 def compiled(

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zofl_jax import aggregation
+from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -44,7 +44,7 @@ from zofl_jax.core import (
     Upload,
     Wire,
 )
-from zofl_jax.estimators import Estimate, Estimator
+from zofl_jax.directions.estimators import Estimate, Estimator
 
 
 def client_level(

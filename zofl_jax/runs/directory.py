@@ -30,16 +30,16 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import numpy as np
 
-from zofl_jax import fingerprints, snapshots
-from zofl_jax.run_files import (
+from zofl_jax.runs import fingerprints, snapshots
+from zofl_jax.runs.run_files import (
     RunError,
     remove_temporary_files,
     save_figure,
     temporary_path,
     write_atomically,
 )
-from zofl_jax.run_log import RoundRow, RunLog
-from zofl_jax.run_repair import open_log
+from zofl_jax.runs.run_log import RoundRow, RunLog
+from zofl_jax.runs.run_repair import open_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,11 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from zofl_jax import compilation, keys, ledger, participation, placement, precision
-from zofl_jax import rounds as traced
+from zofl_jax import keys, precision
+from zofl_jax.conditions import participation
 from zofl_jax.core import Algorithm, Array, Broadcast, Params, Phase, ServerState, Task
 from zofl_jax.data import batches as data_batches
 from zofl_jax.data import partition
+from zofl_jax.engine import compilation, ledger, placement
+from zofl_jax.engine import rounds as traced
 
 DISPATCH_SECONDS = 0.5
 """Dispatches grow until one takes this long, so that a person sees progress."""

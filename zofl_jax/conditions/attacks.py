@@ -16,7 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zofl_jax import aggregation, sampling
+from zofl_jax import sampling
+from zofl_jax.conditions import aggregation
 from zofl_jax.core import Array, Batches, PRNGKey, Upload, Wire
 
 Attack = Callable[[PRNGKey, Upload, Array, Array], Upload]

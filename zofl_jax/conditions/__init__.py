@@ -1,0 +1,1 @@
+"""What goes wrong around a method, and what is done about it."""

@@ -1,0 +1,1 @@
+"""Rounds, compiled and on devices: the loop, its replay, what is sent and computed."""

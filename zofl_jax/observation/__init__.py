@@ -1,0 +1,1 @@
+"""What is watched of a run: divergence, curvature, figures."""
