@@ -1,1 +1,1 @@
-"""Run directories: their log, snapshots, fingerprints and repair, and how a simulation enters them."""
+"""Run directories: log, snapshots, fingerprints, repair, and how a simulation enters them."""

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from zofl_jax.engine import ledger, rounds
 from zofl_jax.conditions import participation
 from zofl_jax.core import Broadcast, ServerState
+from zofl_jax.engine import ledger, rounds
+from zofl_jax.engine.simulation import Progress, Record, Simulator, Trace, phase_at
 from zofl_jax.observation.diagnostics import Diagnosis
 from zofl_jax.runs.directory import RoundRow, Run, RunError
-from zofl_jax.engine.simulation import Progress, Record, Simulator, Trace, phase_at
 
 FINGERPRINT = "params_fingerprint"
 RUN_SECONDS = "run_seconds"
