@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto
 
-.PHONY: demo smollm2 reviews test quick check clean
+.PHONY: demo smollm2 reviews test quick check docs clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m experiments.compare --flagfile=experiments/flagfiles/demo.flags
@@ -31,6 +31,10 @@ check: $(VENV)/.check-installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The site, into site/: index.html opens from there, offline. Warnings are errors.
+docs: $(VENV)/.docs-installed
+	PATH=$(VENV)/bin:$$PATH NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "zofl_jax needs Python 3.11 or newer, %s is %d.%d: try make PYTHON=python3.12 ..." % (sys.executable, *v[:2]))'
 	$(PYTHON) -m venv $(VENV)
@@ -49,5 +53,9 @@ $(VENV)/.check-installed: $(VENV)/.python setup.cfg pyproject.toml
 	$(RUN) -m pip install --quiet --editable '.[check,language,privacy]'
 	@touch $@
 
+$(VENV)/.docs-installed: $(VENV)/.python setup.cfg pyproject.toml
+	$(RUN) -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache
