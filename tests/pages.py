@@ -46,8 +46,9 @@ FLAGFILES = ROOT / "experiments" / "flagfiles"
 
 
 def markdown() -> list[Path]:
-    """Returns the pages in Markdown."""
-    return [*(ROOT / "README.md", ROOT / "benchmarks" / "README.md"), *(ROOT / "docs").glob("*.md")]
+    """Returns the pages in Markdown that tell what to run."""
+    named = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
+    return [*(ROOT / name for name in named), *(ROOT / "docs").glob("*.md")]
 
 
 def all_pages() -> list[Path]:
