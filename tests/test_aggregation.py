@@ -181,3 +181,11 @@ def test_numbers_out_of_range_are_refused(make, sentence):
 def test_rules_need_floating_point(name):
     with pytest.raises(ValueError, match=r"got a leaf of int32; use the aggregation"):
         RULES[name][0](jnp.arange(SIZE), jnp.ones(SIZE))
+
+
+@pytest.mark.parametrize("rule", [aggregation.mean, aggregation.median])
+def test_a_row_for_each_client_and_a_weight_for_each_row(rule):
+    with pytest.raises(AssertionError, match="assert_tree_shape_prefix"):
+        rule({"a": jnp.ones((3, 2)), "b": jnp.ones(4)}, jnp.ones(3))
+    with pytest.raises(AssertionError, match="assert_rank"):
+        rule(jnp.ones((3, 2)), jnp.ones((3, 1)))

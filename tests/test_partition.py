@@ -239,3 +239,11 @@ def test_owners_that_are_missing_are_refused_dropped_or_made_clients():
     assert owners.tolist() == [0, 1]
     with pytest.raises(ValueError, match="no example does: there are no clients"):
         partition.known_owners([None, None], "drop", str)
+
+
+def test_an_index_is_two_vectors_of_integers():
+    examples = {"x": np.zeros((2, 3), np.float32)}
+    with pytest.raises(AssertionError, match="assert_rank"):
+        partition.client_data(examples, np.zeros((2, 1), int), np.array([0, 2]))
+    with pytest.raises(AssertionError, match="assert_type"):
+        partition.client_data(examples, np.array([0.0, 1.0]), np.array([0, 2]))

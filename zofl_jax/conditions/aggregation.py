@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,7 @@ def mean(uploads: Upload, weights: Array) -> Broadcast:
     >>> mean(jnp.array([1.0, jnp.nan]), jnp.array([1.0, 0.0])).item()
     1.0
     """
+    _check_cohort(uploads, weights)
 
     def leaf(u: Array) -> Array:
         wide = jnp.promote_types(u.dtype, jnp.float32)
@@ -61,7 +63,7 @@ def median(uploads: Upload, weights: Array) -> Broadcast:
         # Halves before the sum: that of two large numbers may overflow.
         return jnp.where(count > 0, low / 2 + high / 2, 0).astype(u.dtype)
 
-    return jax.tree.map(leaf, _floating(uploads))
+    return jax.tree.map(leaf, _floating(uploads, weights))
 
 
 def trimmed_mean(share: float) -> Rule:
@@ -94,7 +96,7 @@ def trimmed_mean(share: float) -> Rule:
         def leaf(u: Array) -> Array:
             return mean(_sorted(u, weights), kept)
 
-        return jax.tree.map(leaf, _floating(uploads))
+        return jax.tree.map(leaf, _floating(uploads, weights))
 
     return rule
 
@@ -139,7 +141,7 @@ def multi_krum(num_byzantine: int, num_kept: int) -> Rule:
         raise ValueError(f"num_kept must be >= 1, got {num_kept}")
 
     def rule(uploads: Upload, weights: Array) -> Broadcast:
-        scores = krum_scores(_floating(uploads), weights, num_byzantine)
+        scores = krum_scores(_floating(uploads, weights), weights, num_byzantine)
         rank = jnp.argsort(jnp.argsort(scores, stable=True))
         return mean(uploads, ((rank < num_kept) & (weights > 0)).astype(jnp.float32))
 
@@ -191,7 +193,7 @@ def geometric_median(iterations: int = 10, smoothing: float = 1e-6) -> Rule:
         raise ValueError(f"smoothing must be positive and finite, got {smoothing}")
 
     def rule(uploads: Upload, weights: Array) -> Broadcast:
-        cleared = present_only(_floating(uploads), weights)
+        cleared = present_only(_floating(uploads, weights), weights)
 
         def closer(_: Array, center: Broadcast) -> Broadcast:
             apart = _squares(jax.tree.map(lambda u, v: u - v, cleared, center))
@@ -220,7 +222,7 @@ def clipped_mean(norm: float) -> Rule:
         raise ValueError(f"the norm uploads are clipped to must be positive, got {norm}")
 
     def rule(uploads: Upload, weights: Array) -> Broadcast:
-        cleared = present_only(_floating(uploads), weights)
+        cleared = present_only(_floating(uploads, weights), weights)
         return mean(jax.vmap(lambda upload: clip_norm(upload, norm))(cleared), weights)
 
     return rule
@@ -249,7 +251,7 @@ def majority_sign(size: float = 1.0) -> Rule:
             votes = jnp.tensordot(weights, jnp.sign(u).astype(weights.dtype), axes=1)
             return (jnp.sign(votes) * size).astype(u.dtype)
 
-        return jax.tree.map(leaf, present_only(_floating(uploads), weights))
+        return jax.tree.map(leaf, present_only(_floating(uploads, weights), weights))
 
     return rule
 
@@ -304,7 +306,14 @@ def _sorted(u: Array, weights: Array) -> Array:
     return jnp.sort(jnp.where(rows(weights > 0, u), u, jnp.inf), axis=0)
 
 
-def _floating(uploads: Upload) -> Upload:
+def _check_cohort(uploads: Upload, weights: Array) -> None:
+    """A row for each client, a weight for each row: anything else is a mistake of a caller."""
+    chex.assert_rank(weights, 1)
+    chex.assert_tree_shape_prefix(uploads, weights.shape)
+
+
+def _floating(uploads: Upload, weights: Array) -> Upload:
+    _check_cohort(uploads, weights)
     return check_floating(
         uploads,
         "this rule needs uploads",

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,6 +202,8 @@ def client_data(examples: Batch, order: np.ndarray, offsets: np.ndarray) -> Clie
       ValueError: if `order` isn't a permutation of the examples or `offsets` don't cut it up.
     """
     order, offsets = np.asarray(order), np.asarray(offsets)
+    chex.assert_rank([order, offsets], 1)
+    chex.assert_type([order, offsets], int)
     lengths = sorted({np.shape(leaf)[0] for leaf in jax.tree.leaves(examples)})
     if lengths != [len(order)]:
         raise ValueError(f"order has {len(order)} entries, but leaves of examples have {lengths}")
@@ -244,6 +247,7 @@ def label_counts(
     >>> label_counts(np.array([0, 2, 2]), np.array([2, 0, 1]), np.array([0, 2, 3]), 3).tolist()
     [[1, 0, 1], [0, 0, 1]]
     """
+    chex.assert_equal_shape([labels, order])
     sizes = np.diff(offsets)
     owners = np.repeat(np.arange(len(sizes)), sizes)
     cells = owners * num_classes + np.asarray(labels)[order]

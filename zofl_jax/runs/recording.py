@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 
@@ -36,6 +37,7 @@ def write_rounds(
     Raises:
       RunError: if the log can't be written.
     """
+    chex.assert_tree_shape_prefix((trace.broadcasts, trace.losses), (len(counted),))
     words = trace.seeds.astype("<u4")
     rows = [
         RoundRow(
@@ -106,6 +108,7 @@ def restore(run: Run, simulator: Simulator) -> tuple[Progress, str | None]:
     if found is None:
         save_snapshot(run, start)
     first, (state, memory) = found or (0, (start.state, start.memory))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, start.state)
     notice = None
     if first < done and jax.tree.leaves(memory):
         # What stateful clients keep is in no message.
