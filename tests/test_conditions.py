@@ -42,7 +42,7 @@ def gradients(task, aggregate=aggregation.mean) -> Algorithm:
     def init(params):
         return ServerState(params, flat(params) * 0, jnp.zeros((), jnp.int32))
 
-    def client(key, state, memory, batches, own_key):
+    def client(shared_key, state, memory, batches, own_key):
         batch = jax.tree.map(lambda b: b[0], batches)
         loss, gradient = jax.value_and_grad(task.loss)(state.params, batch)
         return ClientResult(flat(gradient), memory, {"loss": loss})

@@ -99,7 +99,7 @@ def test_sizes_of_a_dense_upload_follow_its_tree():
     """Any algorithm is measured by its own messages: here the whole params in bfloat16."""
     params = {"w": jnp.zeros((3, 5)), "b": jnp.zeros(7)}
 
-    def client(key, state, memory, batches, own_key):
+    def client(shared_key, state, memory, batches, own_key):
         upload = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state)
         return ClientResult(upload, memory, {"loss": jnp.zeros(())})
 

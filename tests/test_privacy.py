@@ -23,7 +23,7 @@ CLIENTS = 4000
 def sending(upload) -> Algorithm:
     """An algorithm whose clients send what they are given as batches."""
 
-    def client(key, state, memory, batches, own_key):
+    def client(shared_key, state, memory, batches, own_key):
         return ClientResult(batches, memory, {"loss": jnp.zeros(())})
 
     def server(key, state, broadcast):

@@ -300,8 +300,8 @@ def test_any_round_is_rebuilt(tmp_path, phased):
 def with_feedback(inner):
     """Clients that add half of what they measured last time to their upload."""
 
-    def client(key, state, memory, batches, own_key):
-        result = inner.client(key, state, (), batches, own_key)
+    def client(shared_key, state, memory, batches, own_key):
+        result = inner.client(shared_key, state, (), batches, own_key)
         upload = {"scalars": result.upload + memory["last"] / 2, "turn": memory["turn"]}
         new = {"last": result.upload, "turn": memory["turn"] + 1}
         return ClientResult(upload, new, result.stats)

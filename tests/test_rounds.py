@@ -32,7 +32,7 @@ def counting(fail_at: int = 1000) -> Algorithm:
     def init(params):
         return ServerState(params, (), jnp.zeros((), jnp.int32))
 
-    def client(key, state, memory, batches, own_key):
+    def client(shared_key, state, memory, batches, own_key):
         upload = jnp.where(state.round < fail_at, memory.rounds + 1.0, jnp.nan)
         memory = Counts(memory.rounds + 1, state.round)
         return ClientResult({"mean": upload}, memory, {"loss": jnp.zeros(())})
@@ -104,8 +104,8 @@ def test_a_round_without_a_finite_loss_leaves_no_trace():
     """Though every upload is good: clients forget it too."""
     algorithm = counting()
 
-    def client(key, state, memory, batches, own_key):
-        result = algorithm.client(key, state, memory, batches, own_key)
+    def client(shared_key, state, memory, batches, own_key):
+        result = algorithm.client(shared_key, state, memory, batches, own_key)
         return result._replace(stats={"loss": jnp.where(state.round < 7, 0.0, jnp.nan)})
 
     assert_it_stopped_before(7, advance(algorithm._replace(client=client), 20))
@@ -114,8 +114,8 @@ def test_a_round_without_a_finite_loss_leaves_no_trace():
 def test_each_client_is_given_the_round_s_key_and_one_of_its_own():
     """Clients that upload their keys' words: no stream of keys may stand in for another."""
 
-    def client(key, state, memory, batches, own_key):
-        words = {"round": jax.random.key_data(key), "own": jax.random.key_data(own_key)}
+    def client(shared_key, state, memory, batches, own_key):
+        words = {"round": jax.random.key_data(shared_key), "own": jax.random.key_data(own_key)}
         return ClientResult(words, memory, {"loss": jnp.zeros(())})
 
     def server(key, state, broadcast):

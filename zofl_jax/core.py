@@ -94,7 +94,7 @@ class Algorithm(NamedTuple):
     Attributes:
       init: params -> ServerState. It keeps params narrower than float32 in float32
         (`precision.wide`), so `client` gives those to the loss.
-      client: (key, state, memory, batches, own_key) -> ClientResult. One client; it never
+      client: (shared_key, state, memory, batches, own_key) -> ClientResult. One client; it never
         sees a clients axis. `batches` has the leading axis [local_steps]; `own_key` is the
         client's own of this round, for what no one else may rebuild: stochastic rounding,
         noise, directions that are not shared.

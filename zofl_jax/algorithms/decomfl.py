@@ -87,12 +87,14 @@ def decomfl(
         return ServerState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def client(
-        key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
+        shared_key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
         del own_key  # every direction is shared
 
         def measure(k: Array | int, params: Params, batch: Batch) -> Estimate:
-            return estimator.measure(loss_fn, keys.step_key(key, k), state.round, params, batch)
+            return estimator.measure(
+                loss_fn, keys.step_key(shared_key, k), state.round, params, batch
+            )
 
         # The first step stands apart from the loop: there the params are the same for
         # all clients of a vmap, and inside the loop every client has its own.
@@ -103,7 +105,9 @@ def decomfl(
         def step(carry: tuple, inputs: tuple) -> tuple:
             params, opt_state, scalars = carry
             k, batch = inputs
-            params, opt_state = descend(keys.step_key(key, k - 1), params, opt_state, scalars)
+            params, opt_state = descend(
+                keys.step_key(shared_key, k - 1), params, opt_state, scalars
+            )
             estimate = measure(k, params, batch)
             return (params, opt_state, estimate.scalars), estimate
 
@@ -123,7 +127,7 @@ def decomfl(
         rest = (jnp.arange(1, local_steps), jax.tree.map(lambda b: b[1:], batches))
         later: Estimate
         if combine is not None and local_models.is_linear(optimizer, state.params):
-            used = keys.directions_of_steps(key, local_steps - 1, num_perturbations)
+            used = keys.directions_of_steps(shared_key, local_steps - 1, num_perturbations)
             model = local_models.start(optimizer, state.params, state.opt_state, used.size)
             _, later = jax.lax.scan(step_in_common, (model, scalars), rest)
         else:

@@ -117,9 +117,9 @@ def dense(
         return train(gradient, optimizer, key, round_index, params, batches, **correction)
 
     def client(
-        key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
+        shared_key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
-        chosen = key if shared_directions else own_key
+        chosen = shared_key if shared_directions else own_key
         trained = at_once(descend, clients_at_once)(chosen, state.round, state.params, batches)
         upload = difference(state.params, trained.params)
         return ClientResult(upload, memory, {"loss": trained.loss})

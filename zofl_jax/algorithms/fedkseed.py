@@ -134,9 +134,9 @@ def fedkseed(
         return {**upload, "scalars": sent}
 
     def client(
-        key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
+        shared_key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
-        del key  # the directions are the pool's
+        del shared_key  # the directions are the pool's
 
         def step(params: Params, inputs: tuple) -> tuple:
             seed, batch = inputs

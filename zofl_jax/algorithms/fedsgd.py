@@ -53,9 +53,9 @@ def fedsgd(
     """
 
     def client(
-        key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
+        shared_key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
-        del key, own_key
+        del shared_key, own_key
         slope = at_once(jax.value_and_grad(loss_fn), clients_at_once)
         loss, gradient = slope(state.params, jax.tree.map(lambda b: b[0], batches))
         return ClientResult(gradient, memory, {"loss": loss})

@@ -72,9 +72,9 @@ def feedsign(
     count = estimator.num_perturbations
 
     def client(
-        key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
+        shared_key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
-        result = inner.client(key, state, memory, batches, own_key)
+        result = inner.client(shared_key, state, memory, batches, own_key)
         negative = result.upload[0] < 0
         if epsilon is not None:
             negative ^= jax.random.bernoulli(own_key, 1 / (1 + math.exp(epsilon)), (count,))

@@ -118,12 +118,14 @@ def hiso(
         return ServerState(params, opt_state, jnp.zeros((), jnp.int32))
 
     def client(
-        key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
+        shared_key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
         # Without learning H: what a client expects of the round's end it forgets anyway.
         inner, curvature = state.opt_state
         algorithm = in_the_metric_of(curvature, optimizer) if nu else plain
-        return algorithm.client(key, state._replace(opt_state=inner), memory, batches, own_key)
+        return algorithm.client(
+            shared_key, state._replace(opt_state=inner), memory, batches, own_key
+        )
 
     def server(key: PRNGKey, state: ServerState, broadcast: Broadcast) -> ServerState:
         inner, curvature = state.opt_state

@@ -100,10 +100,10 @@ def scaffold(
         )
 
     def client(
-        key: PRNGKey, state: ServerState, memory: Params, batches: Batches, own_key: PRNGKey
+        shared_key: PRNGKey, state: ServerState, memory: Params, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
         del own_key
-        trained = at_once(descend, clients_at_once)(key, state, memory, batches)
+        trained = at_once(descend, clients_at_once)(shared_key, state, memory, batches)
         moved = difference(state.params, trained.params)
         scale = 1 / (local_steps * rate(state.round))
         control = jax.tree.map(

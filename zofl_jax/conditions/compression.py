@@ -101,10 +101,10 @@ def compressed(algorithm: Algorithm, codec: Codec, *, error_feedback: bool = Fal
         return _unflatten(codec.decode(message.payload, _size(shapes)), message.layout)
 
     def client(
-        key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
+        shared_key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
         inner = memory.inner if error_feedback else memory
-        result = algorithm.client(key, state, inner, batches, own_key)
+        result = algorithm.client(shared_key, state, inner, batches, own_key)
         # The inner algorithm may draw from own_key itself, and by small numbers for its steps.
         codec_key = jax.random.fold_in(own_key, keys.name_id("codec"))
         if not error_feedback:

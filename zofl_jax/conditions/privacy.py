@@ -71,10 +71,10 @@ def client_level(
     deviation = noise_multiplier * clip / math.sqrt(clients_per_round)
 
     def client(
-        key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
+        shared_key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
         computed, noisy = jax.random.split(own_key)
-        result = algorithm.client(key, state, memory, batches, computed)
+        result = algorithm.client(shared_key, state, memory, batches, computed)
         clipped = aggregation.clip_norm(result.upload, clip)
         return result._replace(upload=_with_noise(noisy, clipped, deviation))
 
@@ -121,12 +121,12 @@ def example_level(
     algorithm = make(private)
 
     def client(
-        key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
+        shared_key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
         # Not from the steps' shared keys: FedKSeed may draw one seed, and so one key, twice.
         computed, noise = jax.random.split(own_key)
         steps = _Step(batches, jax.random.split(noise, algorithm.local_steps))
-        return algorithm.client(key, state, memory, steps, computed)
+        return algorithm.client(shared_key, state, memory, steps, computed)
 
     return algorithm._replace(client=client)
 
@@ -279,9 +279,9 @@ def fixed_point(
         return jax.lax.bitcast_convert_type(u, jnp.int32).astype(jnp.float32) / 2.0**bits
 
     def client(
-        key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
+        shared_key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
-        result = algorithm.client(key, state, memory, batches, own_key)
+        result = algorithm.client(shared_key, state, memory, batches, own_key)
         return result._replace(upload=jax.tree.map(encoded, result.upload))
 
     def written(key: PRNGKey, numbers: Any, upload: Upload) -> Upload:

@@ -75,9 +75,9 @@ def with_late_uploads(
         return state._replace(opt_state=Delayed(state.opt_state, jnp.zeros_like(words)))
 
     def client(
-        key: PRNGKey, state: ServerState, memory: Params, batches: Batches, own_key: PRNGKey
+        shared_key: PRNGKey, state: ServerState, memory: Params, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
-        return algorithm.client(key, inside(state), memory, batches, own_key)
+        return algorithm.client(shared_key, inside(state), memory, batches, own_key)
 
     def aggregate(uploads: Upload, weights: Array) -> Broadcast:
         half = (len(weights) + 1) // 2

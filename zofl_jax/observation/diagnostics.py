@@ -213,12 +213,12 @@ def update_of(
     """
 
     def update(key: PRNGKey) -> Params:
-        round_key, own_key = jax.random.split(key)
+        shared_key, own_key = jax.random.split(key)
         memory = algorithm.init_memory(state.params)
         batches = jax.tree.map(lambda x: jnp.stack([x] * algorithm.local_steps), batch)
-        upload = algorithm.client(round_key, state, memory, batches, own_key).upload
+        upload = algorithm.client(shared_key, state, memory, batches, own_key).upload
         broadcast = algorithm.aggregate(jax.tree.map(lambda x: x[None], upload), jnp.ones(1))
-        after = algorithm.server(round_key, state, broadcast)
+        after = algorithm.server(shared_key, state, broadcast)
         return _add(after.params, state.params, -1.0)
 
     return update
