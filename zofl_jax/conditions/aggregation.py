@@ -269,10 +269,10 @@ def clip_norm(tree: Any, norm: Array | float) -> Any:
 
 def present_only(uploads: Upload, weights: Array) -> Upload:
     """Returns the uploads with zeros in place of those of absent clients."""
-    return jax.tree.map(lambda u: jnp.where(rows(weights > 0, u), u, jnp.zeros_like(u)), uploads)
+    return jax.tree.map(lambda u: jnp.where(beside(weights > 0, u), u, jnp.zeros_like(u)), uploads)
 
 
-def rows(mask: Array, u: Array) -> Array:
+def beside(mask: Array, u: Array) -> Array:
     """Returns a mask over clients [C] in a shape that goes with u [C, ...]: [C, 1, ...]."""
     return mask.reshape(-1, *(1,) * (u.ndim - 1))
 
@@ -303,7 +303,7 @@ def _squares(uploads: Upload) -> Array:
 
 def _sorted(u: Array, weights: Array) -> Array:
     """Returns the numbers of those who are there in ascending order, then infinities."""
-    return jnp.sort(jnp.where(rows(weights > 0, u), u, jnp.inf), axis=0)
+    return jnp.sort(jnp.where(beside(weights > 0, u), u, jnp.inf), axis=0)
 
 
 def _check_cohort(uploads: Upload, weights: Array) -> None:

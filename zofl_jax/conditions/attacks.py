@@ -190,9 +190,9 @@ def trim(factor: float = 2.0) -> Attack:
         keys = jax.random.split(key, len(leaves))
 
         def leaf(key: PRNGKey, u: Array) -> Array:
-            rows = aggregation.rows(honest, u)
-            least = jnp.min(jnp.where(rows, u, jnp.inf), axis=0)
-            most = jnp.max(jnp.where(rows, u, -jnp.inf), axis=0)
+            counted = aggregation.beside(honest, u)
+            least = jnp.min(jnp.where(counted, u, jnp.inf), axis=0)
+            most = jnp.max(jnp.where(counted, u, -jnp.inf), axis=0)
             below = jnp.where(least > 0, least / factor, least * factor)
             above = jnp.where(most > 0, most * factor, most / factor)
             rising = _average(u, honest) > 0
@@ -323,14 +323,14 @@ def _honest(malicious: Array, present: Array) -> Array:
     return present & ~malicious
 
 
-def _average(tree: Upload, rows: Array) -> Upload:
-    return aggregation.mean(tree, rows.astype(jnp.float32))
+def _average(tree: Upload, counted: Array) -> Upload:
+    return aggregation.mean(tree, counted.astype(jnp.float32))
 
 
 def _replaced(uploads: Upload, sent: Upload, malicious: Array) -> Upload:
     """Returns the uploads with `sent`, of each client or the same for all, from the malicious."""
     return jax.tree.map(
-        lambda u, x: jnp.where(aggregation.rows(malicious, u), x, u).astype(u.dtype),
+        lambda u, x: jnp.where(aggregation.beside(malicious, u), x, u).astype(u.dtype),
         uploads,
         sent,
     )

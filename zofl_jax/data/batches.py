@@ -34,11 +34,11 @@ def sample(
     Raises:
       ValueError: if `batch_size` or `num_batches` is below 1.
     """
-    chosen = rows(key, data, client, batch_size, num_batches)
+    chosen = sampled_indices(key, data, client, batch_size, num_batches)
     return jax.tree.map(lambda leaf: leaf[chosen], data.examples)
 
 
-def rows(
+def sampled_indices(
     key: PRNGKey,
     data: ClientData,
     client: Array | int,

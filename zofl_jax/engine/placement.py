@@ -114,7 +114,7 @@ def own_copy(tree: Any) -> Any:
     )
 
 
-def client_data(data: ClientData, mesh: Mesh | None) -> ClientData:
+def place_client_data(data: ClientData, mesh: Mesh | None) -> ClientData:
     """Returns the clients' data on the devices of the mesh, for `take`.
 
     Over several processes each device gets the examples of a block of clients, and a process
@@ -149,9 +149,9 @@ def take(examples: Batch, rows: Array, mesh: Mesh | None) -> Batch:
     others: so the sum is exact, and no device sees more than the batches of a cohort.
 
     Args:
-      examples: of `client_data`.
+      examples: of `place_client_data`.
       rows: int32, any shape.
-      mesh: that `client_data` was given.
+      mesh: that `place_client_data` was given.
     """
     if mesh is None or not spans_processes(mesh):
         return jax.tree.map(lambda leaf: leaf[rows], examples)

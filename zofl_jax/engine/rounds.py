@@ -137,7 +137,9 @@ def make_advance(
         cohort = attendance.cohort
         batch_keys = jax.vmap(lambda c: keys.batch_key(root.batches, r, c))(cohort)
         rows = jax.vmap(
-            lambda key, c: data_batches.rows(key, train, c, batch_size, algorithm.local_steps)
+            lambda key, c: data_batches.sampled_indices(
+                key, train, c, batch_size, algorithm.local_steps
+            )
         )(batch_keys, cohort)
         batches = placement.take(train.examples, rows, mesh)
         if adversary is not None and adversary.data_attack is not None:
@@ -313,7 +315,7 @@ def _acceptable(uploads: Upload, largest: float) -> Array:
 
 
 def _where_rows(rows: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(aggregation.rows(rows, a), a, b), new, old)
+    return jax.tree.map(lambda a, b: jnp.where(aggregation.beside(rows, a), a, b), new, old)
 
 
 def _rows(memory: Any, cohort: Array) -> Any:

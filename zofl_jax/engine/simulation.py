@@ -229,7 +229,7 @@ def make_simulator(
     def own(tree: Any) -> Any:
         return placement.replicated(placement.own_copy(tree), own_mesh)
 
-    train, placed_root = placement.client_data(task.train, mesh), place(root)
+    train, placed_root = placement.place_client_data(task.train, mesh), place(root)
     test, mask = own(jax.device_put(data_batches.evaluation_batches(task.test, eval_batch_size)))
     compiler = _Compiler()
 

@@ -249,10 +249,10 @@ def make_diagnose(
     """
     data = task.train
     rows = _evenly(int(data.offsets[-1]), num_examples)
-    batch = _rows(data.examples, np.asarray(data.order)[rows])
+    batch = _examples_at(data.examples, np.asarray(data.order)[rows])
     starts = np.asarray(data.offsets)[_evenly(data.num_clients, num_clients)]
     own = np.asarray(data.order)[starts[:, None] + np.arange(batch_size)]
-    batches = _rows(data.examples, own)
+    batches = _examples_at(data.examples, own)
 
     @jax.jit
     def measure(state: ServerState, key: PRNGKey, batch: Batch, batches: Batches) -> tuple:
@@ -279,7 +279,7 @@ def _evenly(count: int, wanted: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, wanted)).astype(int)
 
 
-def _rows(examples: Any, rows: np.ndarray) -> Any:
+def _examples_at(examples: Any, rows: np.ndarray) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[rows]), examples)
 
 
