@@ -190,7 +190,7 @@ def one_program(
                 programs[cell] = compilation.compiled(advance, args)
             return simulation.Flight(first_round, programs[cell](*args))
 
-        return simulator._replace(launch=launch)
+        return simulator.wrapped(launch=launch)
 
     return at
 

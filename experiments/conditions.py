@@ -18,7 +18,6 @@ from zofl_jax import keys
 from zofl_jax.conditions import aggregation, attacks, participation, privacy, staleness
 from zofl_jax.core import Algorithm, Task
 from zofl_jax.directions.estimators import Estimator
-from zofl_jax.engine import ledger
 from zofl_jax.engine.rounds import Conditions
 from zofl_jax.runs import fingerprints
 
@@ -188,7 +187,13 @@ def make_private(values: Values, make: Make) -> Algorithm:
     """Returns the algorithm that `make` makes, its examples private if `--dp=example`."""
     if values["dp"] != "example":
         return make(lambda estimator: estimator)
-    return privacy.example_level(make, values["dp_clip"], values["dp_noise"], values["batch_size"])
+    return privacy.example_level(
+        make,
+        values["dp_clip"],
+        values["dp_noise"],
+        values["batch_size"],
+        delta=values["dp_delta"],
+    )
 
 
 def robust_rule(values: Values) -> aggregation.Rule:
@@ -215,7 +220,9 @@ def guarded(values: Values, algorithm: Algorithm) -> Algorithm:
         algorithm = algorithm._replace(aggregate=robust_rule(values))
     cohort = values["clients_per_round"]
     if values["dp"] == "client":
-        algorithm = privacy.client_level(algorithm, values["dp_clip"], values["dp_noise"], cohort)
+        algorithm = privacy.client_level(
+            algorithm, values["dp_clip"], values["dp_noise"], cohort, delta=values["dp_delta"]
+        )
     if values["secure_sum"]:
         algorithm = privacy.fixed_point(
             algorithm, values["secure_bits"], values["secure_largest"], cohort
@@ -273,45 +280,7 @@ def build(values: Values, task: Task, root: keys.RootKeys) -> Conditions:
             availability=trace,
             joins=joins,
         )
-    return Conditions(attend, adversary, values["max_message"], bool(values["late_weight"]))
-
-
-def epsilon(values: Values, task: Task) -> Callable[[ledger.Ledger], float] | None:
-    """Returns what tells the ε spent, None without privacy.
-
-    Of examples it is an upper bound for all clients: that of the smallest client, had it taken
-    part as often as the busiest. Of the private form of feedsign it is that of the busiest.
-
-    Raises:
-      ImportError: without the package dp-accounting.
-    """
-    if values["feedsign_epsilon"] is not None and values["algorithm"] == "feedsign":
-        one, count, at = values["feedsign_epsilon"], values["num_perturbations"], values["dp_delta"]
-        privacy.bit_epsilon(1, epsilon=one, delta=at)
-        return lambda book: privacy.bit_epsilon(
-            count * int(np.max(book.times)), epsilon=one, delta=at
-        )
-    if values["dp"] == "none":
-        return None
-    noise, delta = values["dp_noise"], values["dp_delta"]
-    if values["dp"] == "client":
-        options = {
-            "noise_multiplier": noise,
-            "clients_per_round": values["clients_per_round"],
-            "num_clients": task.train.num_clients,
-            "delta": delta,
-        }
-        privacy.client_epsilon({1: 1}, **options)  # says now what is missing
-        return lambda book: privacy.client_epsilon(book.contributors, **options)
-    options = {
-        "noise_multiplier": noise,
-        "batch_size": values["batch_size"],
-        "num_examples": int(np.min(np.diff(np.asarray(task.train.offsets)))),
-        "delta": delta,
-    }
-    privacy.example_epsilon(1, **options)
-    steps = values["local_steps"]
-    return lambda book: privacy.example_epsilon(steps * int(np.max(book.times)), **options)
+    return Conditions(attend, adversary, values["max_message"])
 
 
 def _check_algorithm(values: Values) -> None:

@@ -430,7 +430,6 @@ def _simulator(values: Values, task: Task, mesh: Mesh | None) -> simulation.Simu
         eval_batch_size=LANGUAGE_EVAL_BATCH if texts else EVAL_BATCH,
         mesh=mesh,
         conditions=conditions.build(values, task, root),
-        epsilon=conditions.epsilon(values, task),
     )
 
 

@@ -213,6 +213,7 @@ class Parts(NamedTuple):
     estimator: Callable[[Perturbation], Estimator]
     perturbation: Perturbation
     pool_key: jax.Array
+    num_clients: int  # of the task: a natural partition has its own
 
 
 def fill_in(values: dict[str, Any], given: set[str], shared: Collection[str] = ()) -> None:
@@ -338,6 +339,7 @@ def build_phases(values: Values, task: Task) -> list[Phase]:
                 estimator,
                 perturbation,
                 pool_key,
+                task.train.num_clients,
             )
             return BUILDERS[values["algorithm"]](values, parts)
 
@@ -396,6 +398,7 @@ def _feedsign(values: Values, parts: Parts) -> Algorithm:
         parts.estimator(parts.perturbation),
         parts.optimizer,
         epsilon=values["feedsign_epsilon"],
+        delta=None if values["feedsign_epsilon"] is None else values["dp_delta"],
     )
 
 
@@ -443,7 +446,7 @@ def _scaffold(values: Values, parts: Parts) -> Algorithm:
     return algorithms.scaffold(
         parts.loss_fn,
         schedules.learning_rate(values),
-        share=values["clients_per_round"] / values["num_clients"],
+        share=values["clients_per_round"] / parts.num_clients,
         local_steps=values["local_steps"],
         server_rate=values["server_learning_rate"],
         aggregate=conditions.robust_rule(values),

@@ -234,7 +234,9 @@ DENSE = {
     ),
     "decomfl, private clients in a secure sum": Method(
         lambda loss, rate: privacy.fixed_point(
-            privacy.client_level(decomfl(loss, _central(), optax.sgd(rate)), 50.0, 0.002, 3),
+            privacy.client_level(
+                decomfl(loss, _central(), optax.sgd(rate)), 50.0, 0.002, 3, delta=None
+            ),
             16,
             200.0,
             3,
@@ -248,6 +250,7 @@ DENSE = {
             50.0,
             0.002,
             16,
+            delta=None,
         ),
         digits=0.02,
         quadratic=0.05,

@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 
 from experiments import conditions, config, methods, report
 from experiments.entry import UserError
-from zofl_jax.conditions import privacy
+from zofl_jax.conditions import accounting
 from zofl_jax.engine import ledger, simulation
 
 SMALL = ("--num_clients=6", "--clients_per_round=5", "--batch_size=8", "--perturbation=rademacher")
@@ -40,7 +40,7 @@ def test_by_default_nothing_goes_wrong():
     assert simulator.conditions.adversary is None
     assert simulator.conditions.attend is None
     assert simulator.conditions.max_message == 1e6
-    assert not simulator.conditions.late_uploads
+    assert not simulator.phases[0].algorithm.late_uploads
 
 
 @pytest.mark.parametrize("attack", conditions.ATTACKS[1:])
@@ -106,7 +106,7 @@ def test_private_examples():
     simulator, progress = ran("--dp=example", "--dp_noise=4", "--local_steps=2", rounds=2)
     spent = progress.history[-1].epsilon
     smallest = int(np.diff(np.asarray(simulator.task.train.offsets)).min())
-    assert spent == privacy.example_epsilon(
+    assert spent == accounting.example_epsilon(
         2 * int(progress.ledger.times.max()),
         noise_multiplier=4.0,
         batch_size=8,
@@ -117,12 +117,12 @@ def test_private_examples():
 
 def test_the_private_bits_of_feedsign_are_accounted_for():
     values = resolve("--algorithm=feedsign", "--feedsign_epsilon=0.5", "--num_perturbations=2")
-    spent = conditions.epsilon(values, plain().task)
+    spent = config.build(values).simulator.epsilon
     book = ledger.Ledger(20)
     sizes = plain().sizes[0]
     for cohort in ([0, 1], [1, 2], [1, 5]):
         book.record(cohort, sizes)
-    assert spent(book) == privacy.bit_epsilon(6, epsilon=0.5, delta=1e-5)
+    assert spent(book) == accounting.bit_epsilon(6, epsilon=0.5, delta=1e-5)
 
 
 def test_clients_that_come_and_go():

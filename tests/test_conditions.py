@@ -1,6 +1,7 @@
 """Rounds in which clients are absent, late or malicious: what is lost is theirs alone."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,10 +184,19 @@ def test_only_clients_that_counted_remember():
         assert sum(times[client] for client in BOTH) > 0
 
 
+class HalfARound(NamedTuple):
+    """An accountant of ε = 1/2 a round."""
+
+    delta: float
+
+    def __call__(self, exposure):
+        return 0.5 * sum(exposure.contributors.values())
+
+
 def test_the_history_tells_what_was_rejected_also_after_a_resume(tmp_path):
     conditions = tampered(attack=attacks.constant(np.nan))
-    options = {"epsilon": lambda book: 0.5 * book.num_rounds}
-    simulator = make(conditions, **options)
+    method = gradients(softmax_task())._replace(accountant=HalfARound(1e-5))
+    simulator = make(conditions, method=method)
     with open_run(tmp_path / "run", {}) as run:
         progress, _ = recording.restore(run, simulator)
         whole = simulation.run(
@@ -331,7 +341,7 @@ def late_setup(make_method):
     attend = participation.partial(POPULATION, COHORT, deadline=1.0, spread=1.0)
     method = make_method(task)
     delayed = with_late_uploads(method, 0.5)
-    return method, make(Conditions(attend=attend, late_uploads=True), task, delayed)
+    return method, make(Conditions(attend=attend), task, delayed)
 
 
 def test_late_uploads_move_the_model_along_their_own_directions():
@@ -379,7 +389,7 @@ def test_clients_remember_what_they_uploaded_late():
     """It will be used, so it is not to be sent again; what was lost is."""
     attend = participation.partial(POPULATION, COHORT, deadline=1.0, spread=1.0, dropout=0.3)
     method = with_late_uploads(counting()._replace(aggregate=aggregation.mean), 0.5)
-    simulator = make(Conditions(attend=attend, late_uploads=True), method=method)
+    simulator = make(Conditions(attend=attend), method=method)
     progress = simulator.start(jnp.zeros(()))
     _, memory, trace = simulator.advance(progress.state, progress.memory, ROUNDS)
     found = trace.attendance
@@ -428,10 +438,12 @@ def test_what_late_uploads_need_is_said():
         with_late_uploads(scalars(task), 0)
 
     def phase(first, count):
-        return Phase(
-            first,
-            decomfl(task.loss, estimators.forward_difference(count, 1e-2), optax.sgd(0.1)),
-        )
+        estimator = estimators.forward_difference(count, 1e-2)
+        method = decomfl(task.loss, estimator, optax.sgd(0.1))
+        return Phase(first, with_late_uploads(method, 0.5))
 
     with pytest.raises(ValueError, match="late uploads can't be used where phases differ"):
-        make(Conditions(late_uploads=True), task, [phase(0, 1), phase(3, 2)])
+        make(Conditions(), task, [phase(0, 1), phase(3, 2)])
+    simulator = make(Conditions(), task, phase(0, 1).algorithm, prng_impl="threefry4x32")
+    with pytest.raises(ValueError, match=r"given prng_impl='threefry2x32', and the run's.*4x32"):
+        simulation.run(simulator, rounds=1)

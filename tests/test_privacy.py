@@ -1,6 +1,7 @@
 """Clipping, noise, their ε, and sums of integers that are the mean."""
 
 import builtins
+import functools
 import math
 
 import jax
@@ -12,12 +13,16 @@ from tiny_tasks import softmax_task
 
 from zofl_jax import keys
 from zofl_jax.algorithms import decomfl, fedkseed
-from zofl_jax.conditions import aggregation, privacy
+from zofl_jax.conditions import accounting, aggregation, privacy
 from zofl_jax.core import Algorithm, ClientResult, ServerState
 from zofl_jax.directions import estimators, perturbations
 
 KEY = keys.round_key(keys.root(2).shared, 0)
 CLIENTS = 4000
+
+# Without a report of ε.
+client_level = functools.partial(privacy.client_level, delta=None)
+example_level = functools.partial(privacy.example_level, delta=None)
 
 
 def sending(upload) -> Algorithm:
@@ -51,7 +56,7 @@ def sent(algorithm: Algorithm, uploads):
 
 def test_uploads_are_clipped_over_all_their_leaves():
     uploads = {"a": jnp.array([[3.0, 0.0], [0.3, 0.0]]), "b": jnp.array([4.0, 0.4])}
-    clipped = sent(privacy.client_level(sending(uploads), 1.0, 0.0, 2), uploads)
+    clipped = sent(client_level(sending(uploads), 1.0, 0.0, 2), uploads)
     np.testing.assert_allclose(clipped["a"], [[0.6, 0], [0.3, 0]], rtol=1e-6)
     np.testing.assert_allclose(clipped["b"], [0.8, 0.4], rtol=1e-6)
 
@@ -59,7 +64,7 @@ def test_uploads_are_clipped_over_all_their_leaves():
 def test_the_noise_of_all_clients_together_is_that_of_the_sum():
     """Mean 0 and variance (σC)² / M each, and no two alike, by 5 standard errors."""
     uploads = jnp.full((CLIENTS, 2, 3), 0.01)
-    noisy = sent(privacy.client_level(sending(uploads), 0.5, 3.0, 25), uploads)
+    noisy = sent(client_level(sending(uploads), 0.5, 3.0, 25), uploads)
     noise = np.asarray(noisy) - 0.01
     variance = (3.0 * 0.5) ** 2 / 25
     assert abs(noise.mean()) < 5 * (variance / noise.size) ** 0.5
@@ -80,7 +85,7 @@ def private_decomfl(clip, multiplier, local_steps=1, count=3, rate=0.1):
     def make(private):
         return decomfl(task.loss, private(estimator), optax.sgd(rate), local_steps=local_steps)
 
-    return task, estimator, privacy.example_level(make, clip, multiplier, 4)
+    return task, estimator, example_level(make, clip, multiplier, 4)
 
 
 def batches_of(task, local_steps):
@@ -145,7 +150,7 @@ def test_a_seed_drawn_twice_has_noise_of_its_own_each_time():
         estimator = private(estimators.forward_difference(1, 1e-3))
         return fedkseed(task.loss, estimator, 1e-9, pool_key=KEY, pool_size=1, local_steps=2)
 
-    algorithm = privacy.example_level(make, 0.5, 20.0, 4)
+    algorithm = example_level(make, 0.5, 20.0, 4)
     state, batches = algorithm.init(task.init(KEY)), batches_of(task, 2)
     own_keys = jax.random.split(jax.random.key(7), CLIENTS)
     one = jax.vmap(lambda own: algorithm.client(KEY, state, (), batches, own).upload["scalars"])
@@ -193,15 +198,15 @@ def reference(multiplier, sample, population, times, delta):
 def test_epsilon_is_the_library_s_own_figure():
     """With half the multiplier: replacing a client moves the sum by twice the clipping norm."""
     options = {"noise_multiplier": 3.0, "clients_per_round": 10, "delta": 1e-5}
-    actual = privacy.client_epsilon({10: 40}, num_clients=200, **options)
+    actual = accounting.client_epsilon({10: 40}, num_clients=200, **options)
     assert actual == reference(1.5, 10, 200, 40, 1e-5)
-    assert privacy.client_epsilon({10: 7}, num_clients=10, **options) == reference(
+    assert accounting.client_epsilon({10: 7}, num_clients=10, **options) == reference(
         1.5, 10, 10, 7, 1e-5
     )
     # Of those asked only six were heard: less noise, but ten were in the sample.
-    actual = privacy.client_epsilon({6: 40}, num_clients=200, **options)
+    actual = accounting.client_epsilon({6: 40}, num_clients=200, **options)
     assert actual == reference(1.5 * math.sqrt(6 / 10), 10, 200, 40, 1e-5)
-    actual = privacy.example_epsilon(
+    actual = accounting.example_epsilon(
         30, noise_multiplier=2.0, batch_size=8, num_examples=400, delta=1e-6
     )
     assert actual == reference(1.0, 8, 400, 30, 1e-6)
@@ -218,11 +223,11 @@ def test_without_sampling_it_is_that_of_the_library_s_other_accountant():
     weak = pld.from_gaussian_mechanism(3.0 * 0.6**0.5, sensitivity=2.0).self_compose(2)
     for contributors, exact in (({10: 7}, full), ({10: 7, 6: 2}, full.compose(weak))):
         least = exact.get_epsilon_for_delta(1e-5)
-        assert least <= privacy.client_epsilon(contributors, **options) < 1.12 * least
+        assert least <= accounting.client_epsilon(contributors, **options) < 1.12 * least
     options = {"noise_multiplier": 5.0, "batch_size": 8, "num_examples": 8, "delta": 1e-6}
     exact = pld.from_gaussian_mechanism(5.0, sensitivity=2.0).self_compose(12)
     least = exact.get_epsilon_for_delta(1e-6)
-    assert least <= privacy.example_epsilon(12, **options) < 1.12 * least
+    assert least <= accounting.example_epsilon(12, **options) < 1.12 * least
 
 
 def test_sampling_amplifies_as_it_does_in_one_round():
@@ -233,7 +238,7 @@ def test_sampling_amplifies_as_it_does_in_one_round():
     share, delta = 10 / 200, 1e-5
     whole = pld.from_gaussian_mechanism(3.0, sensitivity=2.0).get_epsilon_for_delta(delta / share)
     least = math.log1p(share * math.expm1(whole))
-    actual = privacy.client_epsilon(
+    actual = accounting.client_epsilon(
         {10: 1}, noise_multiplier=3.0, clients_per_round=10, num_clients=200, delta=delta
     )
     assert least <= actual < 2.2 * least < whole
@@ -243,7 +248,7 @@ def test_without_sampling_it_is_below_the_closed_form_of_zero_concentrated_priva
     """ρ = T / 2σ², ε <= ρ + 2 √(ρ log 1/δ) (Bun and Steinke 2016), and not by much."""
     rho = 20 / (2 * 5.0**2)
     closed = rho + 2 * math.sqrt(rho * math.log(1e5))
-    actual = privacy.example_epsilon(
+    actual = accounting.example_epsilon(
         20, noise_multiplier=10.0, batch_size=8, num_examples=8, delta=1e-5
     )
     assert 0.8 * closed < actual <= closed
@@ -256,12 +261,12 @@ def test_rounds_with_fewer_clients_spend_more():
         "num_clients": 200,
         "delta": 1e-5,
     }
-    full = privacy.client_epsilon({10: 20}, **options)
-    assert privacy.client_epsilon({10: 10, 4: 10}, **options) > full
-    assert privacy.client_epsilon({10: 20, 0: 5}, **options) == full
-    assert privacy.client_epsilon({10: 10}, **options) < full
-    assert privacy.client_epsilon({}, **options) == 0
-    assert privacy.client_epsilon({10: 1}, **options | {"noise_multiplier": 0.0}) == math.inf
+    full = accounting.client_epsilon({10: 20}, **options)
+    assert accounting.client_epsilon({10: 10, 4: 10}, **options) > full
+    assert accounting.client_epsilon({10: 20, 0: 5}, **options) == full
+    assert accounting.client_epsilon({10: 10}, **options) < full
+    assert accounting.client_epsilon({}, **options) == 0
+    assert accounting.client_epsilon({10: 1}, **options | {"noise_multiplier": 0.0}) == math.inf
 
 
 @pytest.mark.parametrize(("bits", "epsilon"), [(1, 2.0), (40, 0.5), (1000, 0.1)])
@@ -272,18 +277,18 @@ def test_private_bits_spend_what_the_library_s_other_accountant_says(bits, epsil
 
     one = pld.from_randomized_response(2 / (1 + math.exp(epsilon)), num_buckets=2)
     exact = one.self_compose(bits).get_epsilon_for_delta(1e-5)
-    actual = privacy.bit_epsilon(bits, epsilon=epsilon, delta=1e-5)
+    actual = accounting.bit_epsilon(bits, epsilon=epsilon, delta=1e-5)
     assert exact * (1 - 1e-3) <= actual < 1.15 * exact
 
 
 def test_private_bits_spend_what_composition_says():
     """The sum of their ε at most, which is exact for few, and of many of them much less."""
-    assert math.isclose(privacy.bit_epsilon(3, epsilon=0.1, delta=1e-9), 3 * 0.1)
-    many = privacy.bit_epsilon(1000, epsilon=0.1, delta=1e-5)
+    assert math.isclose(accounting.bit_epsilon(3, epsilon=0.1, delta=1e-9), 3 * 0.1)
+    many = accounting.bit_epsilon(1000, epsilon=0.1, delta=1e-5)
     # Dwork, Rothblum, Vadhan 2010: ε √(2 n log 1/δ) + n ε (exp ε − 1).
     advanced = 0.1 * math.sqrt(2000 * math.log(1e5)) + 1000 * 0.1 * (math.exp(0.1) - 1)
     assert 0.3 * advanced < many < advanced < 100
-    assert privacy.bit_epsilon(0, epsilon=0.1, delta=1e-5) == 0
+    assert accounting.bit_epsilon(0, epsilon=0.1, delta=1e-5) == 0
 
 
 def test_what_accounting_needs_is_said(monkeypatch):
@@ -296,7 +301,7 @@ def test_what_accounting_needs_is_said(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'zofl-jax\[privacy\]'"):
-        privacy.example_epsilon(1, noise_multiplier=1.0, batch_size=1, num_examples=1, delta=0.1)
+        accounting.example_epsilon(1, noise_multiplier=1.0, batch_size=1, num_examples=1, delta=0.1)
 
 
 # Sums of integers.
@@ -341,16 +346,31 @@ def test_the_largest_numbers_that_fit_do_not_overflow():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: privacy.client_level(sending(0), 0.0, 1.0, 5), "norm must be positive"),
-        (lambda: privacy.client_level(sending(0), 1.0, -1.0, 5), "must be >= 0 and finite, got -1"),
-        (lambda: privacy.client_level(sending(0), 1.0, 1.0, 0), "clients_per_round must be >= 1"),
-        (lambda: privacy.example_level(None, math.nan, 1.0, 5), "norm must be positive"),
-        (lambda: privacy.example_level(None, 1.0, 1.0, 0), "batch_size must be >= 1, got 0"),
+        (
+            lambda: client_level(sending(0), 0.0, 1.0, 5),
+            "norm must be positive",
+        ),
+        (
+            lambda: client_level(sending(0), 1.0, -1.0, 5),
+            "must be >= 0 and finite, got -1",
+        ),
+        (
+            lambda: client_level(sending(0), 1.0, 1.0, 0),
+            "clients_per_round must be >= 1",
+        ),
+        (
+            lambda: example_level(None, math.nan, 1.0, 5),
+            "norm must be positive",
+        ),
+        (
+            lambda: example_level(None, 1.0, 1.0, 0),
+            "batch_size must be >= 1, got 0",
+        ),
         (lambda: privacy.fixed_point(sending(0), -1, 1.0, 5), "must be >= 0, got -1"),
         (lambda: privacy.fixed_point(sending(0), 1, 0.0, 5), "must be positive, got 0.0"),
-        (lambda: privacy.bit_epsilon(1, epsilon=0.0, delta=0.1), "must be positive and finite"),
+        (lambda: accounting.bit_epsilon(1, epsilon=0.0, delta=0.1), "must be positive and finite"),
         (
-            lambda: privacy.client_epsilon(
+            lambda: accounting.client_epsilon(
                 {1: 1}, noise_multiplier=1.0, clients_per_round=1, num_clients=1, delta=1.0
             ),
             r"delta must be in \(0, 1\), got 1.0",

@@ -12,7 +12,7 @@ from tiny_tasks import BATCH_SIZE, CLIENT_SIZES, softmax_task
 
 from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
-from zofl_jax.core import Algorithm, ClientResult, ServerState
+from zofl_jax.core import Algorithm, ClientResult, ServerState, Weighting
 from zofl_jax.directions import estimators
 from zofl_jax.engine import rounds
 
@@ -49,7 +49,7 @@ def counting(fail_at: int = 1000) -> Algorithm:
     return Algorithm(init, client, aggregate, server, 1, init_memory)
 
 
-def advance(algorithm: Algorithm, limit: int, weighting: rounds.Weighting = "uniform"):
+def advance(algorithm: Algorithm, limit: int, weighting: Weighting = "uniform"):
     task, root = softmax_task(), keys.root(0)
     params = jnp.zeros(())
     memory = jax.tree.map(

@@ -288,7 +288,7 @@ class Watched:
             self.events.append(("land", flight.first_round + len(trace.losses)))
             return state, memory, trace
 
-        self.simulator = simulator._replace(launch=launch, land=land)
+        self.simulator = simulator.wrapped(launch=launch, land=land)
 
     def run(self, reads_state):
         marks = []
@@ -345,7 +345,7 @@ def test_what_waited_is_told_before_an_error_ends_the_run():
 
     with pytest.raises(KeyboardInterrupt):
         simulation.run(
-            simulator._replace(launch=launch),
+            simulator.wrapped(launch=launch),
             rounds=ROUNDS,
             eval_every=3,
             on_rounds=lambda trace, counted, progress: told.append(progress.ledger.num_rounds),

@@ -2,11 +2,12 @@
 
 A federated algorithm is three pure functions and an initialiser (`Algorithm`);
 everything else (simulation, replay, checkpoints, the count of bytes) is derived
-from them once, for every algorithm. This module holds types only, no logic.
+from them once, for every algorithm. This module holds types, and of logic only what joins two
+values of one type.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -22,6 +23,9 @@ Broadcast = Any  # a tree of arrays: the message of the server
 
 LossFn = Callable[[Params, Batch], Array]  # -> mean loss over the batch, []
 MetricsFn = Callable[[Params, Batch], dict[str, Array]]  # -> one value an example, [B]
+
+Weighting = Literal["uniform", "examples"]
+"""The cohort's mean is uniform, or weighted by the clients' examples."""
 
 
 class ServerState(NamedTuple):
@@ -88,18 +92,132 @@ class Wire(NamedTuple):
     written: Callable[[PRNGKey, Any, Upload], Upload]
 
 
+class Init(Protocol):
+    """Makes the state at round 0."""
+
+    def __call__(self, params: Params, /) -> ServerState:
+        """Returns the state, params narrower than float32 in float32 (`precision.wide`)."""
+        ...
+
+
+class InitMemory(Protocol):
+    """Makes the memory of a client that has not taken part yet."""
+
+    def __call__(self, params: Params, /) -> Any:
+        """Returns a tree of arrays, () for clients that remember nothing."""
+        ...
+
+
+class Client(Protocol):
+    """One client's part of a round; it never sees a clients axis."""
+
+    def __call__(
+        self,
+        shared_key: PRNGKey,
+        state: ServerState,
+        memory: Any,
+        batches: Batches,
+        own_key: PRNGKey,
+        /,
+    ) -> ClientResult:
+        """Returns the upload, the new memory and figures for people.
+
+        Args:
+          shared_key: of this round, the same for all clients and the server.
+          state: what all share.
+          memory: what the client kept of its last round, at first that of `init_memory`.
+          batches: its examples, a tree of arrays [local_steps, B, ...].
+          own_key: of this round, the client's own, for what no one else may rebuild: stochastic
+            rounding, noise, directions that are not shared.
+        """
+        ...
+
+
+class Aggregate(Protocol):
+    """Makes one message to all of the uploads of a cohort."""
+
+    def __call__(self, uploads: Upload, weights: Array, /) -> Broadcast:
+        """Returns the broadcast.
+
+        Args:
+          uploads: a tree of arrays [C, ...].
+          weights: [C], non-negative; zero says that the client is absent.
+        """
+        ...
+
+
+class Server(Protocol):
+    """The server's part of a round, which *everyone* replays."""
+
+    def __call__(self, key: PRNGKey, state: ServerState, broadcast: Broadcast, /) -> ServerState:
+        """Returns the state after the round; `key` is the clients' `shared_key`."""
+        ...
+
+
+class Exposure(NamedTuple):
+    """What of a run may tell of its clients and their examples: what an `Accountant` reads."""
+
+    contributors: Mapping[int, int]  # how many rounds had how many clients in their mean
+    participations: int  # rounds that the busiest client took part in
+    clients_per_round: int
+    num_clients: int
+    batch_size: int
+    fewest_examples: int  # of the smallest client
+    local_steps: int
+
+
+class Accountant(Protocol):
+    """Tells the ε of differential privacy that rounds have spent, at its δ."""
+
+    @property
+    def delta(self) -> float:
+        """Returns δ in (0, 1)."""
+        ...
+
+    def __call__(self, exposure: Exposure, /) -> float:
+        """Returns ε, or raises ImportError where the package that knows it is missing."""
+        ...
+
+
+class Expectations(NamedTuple):
+    """What an algorithm was made for, and `make_simulator` checks; None says that any will do."""
+
+    clients_per_round: int | None = None
+    num_clients: int | None = None
+    share: float | None = None  # clients_per_round / num_clients
+    batch_size: int | None = None
+    weighting: Weighting | None = None
+
+    def also(self, **others: Any) -> "Expectations":
+        """Returns these and others, as a function around an algorithm has expectations of its own.
+
+        Raises:
+          ValueError: where they contradict each other.
+
+        >>> Expectations(batch_size=8).also(weighting="uniform").batch_size
+        8
+        """
+        for name, value in others.items():
+            here = getattr(self, name)
+            if here is not None and value != here:
+                raise ValueError(
+                    f"the algorithm was made for {name}={here!r} and what goes around it for "
+                    f"{name}={value!r}: make both for the same"
+                )
+        return self._replace(**others)
+
+
 class Algorithm(NamedTuple):
     """A federated algorithm. All functions are pure and traceable.
 
+    A function around an algorithm, such as `compression.compressed`, replaces some fields
+    (`_replace`) and so keeps the others.
+
     Attributes:
-      init: params -> ServerState. It keeps params narrower than float32 in float32
-        (`precision.wide`), so `client` gives those to the loss.
-      client: (shared_key, state, memory, batches, own_key) -> ClientResult. One client; it never
-        sees a clients axis. `batches` has the leading axis [local_steps]; `own_key` is the
-        client's own of this round, for what no one else may rebuild: stochastic rounding,
-        noise, directions that are not shared.
-      aggregate: (uploads [C, ...], weights [C]) -> Broadcast.
-      server: (key, state, broadcast) -> ServerState: what *everyone* replays.
+      init: params -> ServerState, see `Init`.
+      client: (shared_key, state, memory, batches, own_key) -> ClientResult, see `Client`.
+      aggregate: (uploads [C, ...], weights [C]) -> Broadcast, see `Aggregate`.
+      server: (key, state, broadcast) -> ServerState: what *everyone* replays, see `Server`.
       local_steps: K, how many batches `client` takes.
       init_memory: params -> the memory of a client that has not taken part yet, () for
         stateless clients.
@@ -107,17 +225,25 @@ class Algorithm(NamedTuple):
         missed unless given.
       passes: what one client computes in a round, by the algorithm's own account.
       wire: how malicious clients read and write uploads, which are plain numbers unless given.
+      late_uploads: whether `aggregate` is given [2C, ...], the cohort's uploads and then those
+        that missed the deadline of the round before, see `staleness`; these are lost unless set.
+      expects: the cohort, population, batch size and weighting that it was made for.
+      accountant: what tells the ε that rounds have spent; None where nothing is private, or
+        nobody counts.
     """
 
-    init: Callable[[Params], ServerState]
-    client: Callable[[PRNGKey, ServerState, Any, Batches, PRNGKey], ClientResult]
-    aggregate: Callable[[Upload, Array], Broadcast]
-    server: Callable[[PRNGKey, ServerState, Broadcast], ServerState]
+    init: Init
+    client: Client
+    aggregate: Aggregate
+    server: Server
     local_steps: int
-    init_memory: Callable[[Params], Any] = lambda params: ()
+    init_memory: InitMemory = lambda params: ()
     sync: Sync | None = None
     passes: Passes = Passes(0, 0)
     wire: Wire | None = None
+    late_uploads: bool = False
+    expects: Expectations = Expectations()
+    accountant: Accountant | None = None
 
 
 class Phase(NamedTuple):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from zofl_jax.algorithms.decomfl import decomfl
-from zofl_jax.conditions import compression
+from zofl_jax.conditions import accounting, compression
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -43,6 +43,7 @@ def feedsign(
     optimizer: optax.GradientTransformation,
     *,
     epsilon: float | None = None,
+    delta: float | None = None,
 ) -> Algorithm:
     """Returns FeedSign as an `Algorithm`; its messages are packed bits, uint8 [⌈P/8⌉].
 
@@ -55,9 +56,11 @@ def feedsign(
         a length in units of the params, whatever the slope.
       epsilon: ε > 0 of each bit, 0 < ε; bits are sent as they are unless given. One round
         spends at most P ε.
+      delta: δ in (0, 1) at which simulations report the ε of all rounds; they report none unless
+        given.
 
     Raises:
-      ValueError: unless ε is positive.
+      ValueError: unless ε is positive and δ in (0, 1), or for δ without ε.
 
     >>> from zofl_jax.directions import estimators
     >>> f = lambda x, batch: 0.5 * jnp.sum(jnp.square(x - batch))
@@ -68,6 +71,8 @@ def feedsign(
     """
     if epsilon is not None and not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
+    if delta is not None and epsilon is None:
+        raise ValueError(f"delta={delta} has no effect without epsilon: leave it out")
     inner = decomfl(loss_fn, estimator, optimizer)
     count = estimator.num_perturbations
 
@@ -93,5 +98,15 @@ def feedsign(
     def written(key: PRNGKey, numbers: Array, upload: Upload) -> Upload:
         return compression.pack((numbers < 0).astype(jnp.uint8), 1)
 
-    wire = Wire(_signs, written)
-    return Algorithm(inner.init, client, aggregate, server, 1, passes=inner.passes, wire=wire)
+    plain = Algorithm(
+        inner.init,
+        client,
+        aggregate,
+        server,
+        local_steps=1,
+        passes=inner.passes,
+        wire=Wire(_signs, written),
+    )
+    if epsilon is None or delta is None:
+        return plain
+    return accounting.accounted(plain, accounting.BitAccountant(count, epsilon, delta))

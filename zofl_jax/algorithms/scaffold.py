@@ -28,6 +28,7 @@ from zofl_jax.core import (
     Batches,
     Broadcast,
     ClientResult,
+    Expectations,
     LossFn,
     Params,
     Passes,
@@ -54,7 +55,8 @@ def scaffold(
     Args:
       loss_fn: (params, batch) -> mean loss, differentiable.
       learning_rate: η > 0 of the clients, or round -> η.
-      share: |S| / N in (0, 1], the cohort's share of the population.
+      share: |S| / N in (0, 1], the cohort's share of the population; a simulation of another
+        share is refused.
       local_steps: K >= 1.
       server_rate: η_g > 0.
       aggregate: (uploads [C, ...], weights [C]) -> broadcast; in place of Σ (c_i⁺ − c_i) stands
@@ -145,4 +147,5 @@ def scaffold(
             alone=True,
         ),
         passes=Passes(1, 1).times(local_steps),
+        expects=Expectations(share=share),
     )

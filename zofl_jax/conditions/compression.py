@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from zofl_jax import keys, precision
+from zofl_jax.conditions import accounting
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -78,7 +79,8 @@ def compressed(algorithm: Algorithm, codec: Codec, *, error_feedback: bool = Fal
         2014; Karimireddy et al. 2019, arXiv 1901.09847). Uploads must be trees like the params.
 
     Raises:
-      ValueError: while tracing, for error feedback on uploads that are not like the params.
+      ValueError: for private clients whose ε is accounted for; while tracing, for error feedback
+        on uploads that are not like the params.
 
     >>> from zofl_jax.algorithms import decomfl
     >>> from zofl_jax.directions import estimators
@@ -91,6 +93,11 @@ def compressed(algorithm: Algorithm, codec: Codec, *, error_feedback: bool = Fal
     >>> {name: str(x.dtype) for name, x in message.payload.items()}
     {'codes': 'uint8', 'scales': 'float32'}
     """
+    if isinstance(algorithm.accountant, accounting.ClientAccountant):
+        raise ValueError(
+            "the ε of private clients is that of their noisy sum, and not of codes of its parts: "
+            "leave compressed out, or account for nothing (client_level with delta=None)"
+        )
 
     def encode(own_key: PRNGKey, upload: Upload) -> Message:
         numbers, layout = _flatten(upload)

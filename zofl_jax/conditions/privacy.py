@@ -1,4 +1,4 @@
-"""Differential privacy for messages of a few scalars, its accounting, and secure aggregation.
+"""Differential privacy for messages of a few scalars, and secure aggregation.
 
 Two units of privacy:
 
@@ -14,22 +14,20 @@ Two units of privacy:
 What is released are scalars; the directions come from public seeds and what the server does
 with the scalars is post-processing, so nothing depends on the model's dimension.
 
-ε is by Rényi accounting of dp-accounting, for one client (or example) *replaced* by another:
-the sampling is without replacement and of fixed size, and replacing moves a clipped sum by 2C,
-twice the clipping norm. The cohort must be unknown to the adversary for its sampling to count.
+The ε of both is `accounting.py`'s: given δ, the algorithm carries an accountant.
 
 Ref: Zhang et al., "DPZero", ICML 2024 (arXiv 2310.09639); McMahan et al., ICLR 2018
-(arXiv 1710.06963) for clients; Wang, Balle, Kasiviswanathan, AISTATS 2019 for the sampling.
+(arXiv 1710.06963) for clients.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from zofl_jax.conditions import aggregation
+from zofl_jax.conditions import accounting, aggregation
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -48,24 +46,32 @@ from zofl_jax.directions.estimators import Estimate, Estimator
 
 
 def client_level(
-    algorithm: Algorithm, clip: float, noise_multiplier: float, clients_per_round: int
+    algorithm: Algorithm,
+    clip: float,
+    noise_multiplier: float,
+    clients_per_round: int,
+    *,
+    delta: float | None,
 ) -> Algorithm:
     """Returns the algorithm whose clients clip their upload and add their share of the noise.
 
     Each of the M clients adds N(0, σ²C²/M). If only m of them are heard the noise of the sum
-    is σ²C²·m/M, which `client_epsilon` takes into account.
+    is σ²C²·m/M, which `accounting.client_epsilon` takes into account.
 
     Args:
       algorithm: its broadcast must be the uniform mean of floating point uploads, and nothing may
         be made of the noisy uploads but that mean: ε is not that of compressed ones.
       clip: C > 0, the norm of an upload over all its leaves.
       noise_multiplier: σ >= 0.
-      clients_per_round: M >= 1.
+      clients_per_round: M >= 1, the cohort's size; a simulation of another one is refused.
+      delta: δ in (0, 1) of the ε that simulations report; None reports none, and needs no package.
 
     Raises:
-      ValueError: for numbers out of range.
+      ValueError: for numbers out of range, uploads that are not plain numbers or late ones, or
+        an algorithm that is private already.
     """
     _check(clip, noise_multiplier)
+    _check_plain(algorithm, "client_level")
     if clients_per_round < 1:
         raise ValueError(f"clients_per_round must be >= 1, got {clients_per_round}")
     deviation = noise_multiplier * clip / math.sqrt(clients_per_round)
@@ -78,7 +84,12 @@ def client_level(
         clipped = aggregation.clip_norm(result.upload, clip)
         return result._replace(upload=_with_noise(noisy, clipped, deviation))
 
-    return algorithm._replace(client=client)
+    expects = algorithm.expects.also(clients_per_round=clients_per_round, weighting="uniform")
+    noisy_algorithm = algorithm._replace(client=client, expects=expects)
+    return accounting.accounted(
+        noisy_algorithm,
+        None if delta is None else accounting.ClientAccountant(noise_multiplier, delta),
+    )
 
 
 def example_level(
@@ -86,10 +97,14 @@ def example_level(
     clip: float,
     noise_multiplier: float,
     batch_size: int,
+    *,
+    delta: float | None,
 ) -> Algorithm:
     """Returns the algorithm whose clients clip every example's scalars and add noise each step.
 
-        example_level(lambda private: decomfl(loss, private(estimator), optimizer), 1.0, 2.0, 32)
+        example_level(
+            lambda private: decomfl(loss, private(estimator), optimizer), 1.0, 2.0, 32, delta=1e-5
+        )
 
     The noise N(0, (σC/B)²) is drawn anew in each local step, from the client's own key, and the
     client goes on with the noisy scalars.
@@ -99,10 +114,11 @@ def example_level(
         without `clients_at_once` and whose loss is a mean over examples.
       clip: C > 0, the norm of an example's P scalars, in loss per unit length.
       noise_multiplier: σ >= 0.
-      batch_size: B >= 1.
+      batch_size: B >= 1; a simulation of other batches is refused.
+      delta: δ in (0, 1) of the ε that simulations report; None reports none, and needs no package.
 
     Raises:
-      ValueError: for numbers out of range.
+      ValueError: for numbers out of range, or an algorithm that is private already.
     """
     _check(clip, noise_multiplier)
     if batch_size < 1:
@@ -128,7 +144,10 @@ def example_level(
         steps = _Step(batches, jax.random.split(noise, algorithm.local_steps))
         return algorithm.client(shared_key, state, memory, steps, computed)
 
-    return algorithm._replace(client=client)
+    noisy = algorithm._replace(client=client, expects=algorithm.expects.also(batch_size=batch_size))
+    return accounting.accounted(
+        noisy, None if delta is None else accounting.ExampleAccountant(noise_multiplier, delta)
+    )
 
 
 class _Step(NamedTuple):
@@ -158,84 +177,6 @@ def _clipped(
     return Estimate(jnp.mean(each.scalars, axis=0), jnp.mean(each.loss))
 
 
-def client_epsilon(
-    contributors: Mapping[int, int],
-    *,
-    noise_multiplier: float,
-    clients_per_round: int,
-    num_clients: int,
-    delta: float,
-) -> float:
-    """Returns the ε that rounds of `client_level` have spent, for one client replaced.
-
-    Args:
-      contributors: how many rounds had how many clients in their mean; rounds without any
-        release nothing.
-      noise_multiplier: σ.
-      clients_per_round: M, the cohort's size.
-      num_clients: N, the population; M of N are drawn without replacement.
-      delta: δ in (0, 1).
-
-    Raises:
-      ValueError: for numbers out of range.
-      ImportError: without the package dp-accounting.
-    """
-    _check_delta(delta)
-    parts = []
-    for count, rounds in sorted(contributors.items()):
-        if not count:
-            continue
-        # The noise of m clients' shares, against a sum that one client moves by 2C.
-        effective = noise_multiplier * math.sqrt(count / clients_per_round) / 2
-        parts.append((effective, clients_per_round, num_clients, rounds))
-    return _epsilon(parts, delta)
-
-
-def example_epsilon(
-    steps: int, *, noise_multiplier: float, batch_size: int, num_examples: int, delta: float
-) -> float:
-    """Returns the ε that steps of one client have spent, for one of its examples replaced.
-
-    Args:
-      steps: local steps that the client has done: K a round that it took part in.
-      noise_multiplier: σ.
-      batch_size: B, drawn without replacement from
-      num_examples: n, what the client owns.
-      delta: δ in (0, 1).
-
-    Raises:
-      ValueError: for numbers out of range.
-      ImportError: without the package dp-accounting.
-    """
-    _check_delta(delta)
-    return _epsilon([(noise_multiplier / 2, batch_size, num_examples, steps)], delta)
-
-
-def bit_epsilon(bits: int, *, epsilon: float, delta: float) -> float:
-    """Returns the ε at δ that private bits of one client have spent, see `feedsign`.
-
-    Each bit is flipped with probability 1 / (1 + exp ε₀), randomised response, and is known to
-    the server: sampling does not help.
-
-    Args:
-      bits: that the client has sent: P a round that it took part in.
-      epsilon: ε₀ > 0 of each.
-      delta: δ in (0, 1).
-
-    Raises:
-      ValueError: for numbers out of range.
-      ImportError: without the package dp-accounting.
-    """
-    _check_delta(delta)
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"the epsilon of a bit must be positive and finite, got {epsilon}")
-    if not bits:
-        return 0.0
-    # The library's parameter: how often the answer is drawn at random, half of which are flips.
-    event = _library().RandomizedResponseDpEvent(2 / (1 + math.exp(epsilon)), 2)
-    return min(bits * epsilon, _composed([(event, bits)], delta))
-
-
 def fixed_point(
     algorithm: Algorithm, bits: int, largest: float, clients_per_round: int
 ) -> Algorithm:
@@ -253,11 +194,14 @@ def fixed_point(
       algorithm: its broadcast must be the uniform mean of floating point uploads.
       bits: of the fraction, >= 0.
       largest: the largest number that can be sent, positive.
-      clients_per_round: M; the sum of M such numbers must not overflow.
+      clients_per_round: M; the sum of M such numbers must not overflow. A simulation of another
+        cohort is refused, and so is one with a weighted mean.
 
     Raises:
-      ValueError: for numbers out of range, or if M · (largest · 2^bits + 1) reaches 2³¹.
+      ValueError: for numbers out of range, if M · (largest · 2^bits + 1) reaches 2³¹, or for
+        uploads that are not plain numbers or late ones.
     """
+    _check_plain(algorithm, "fixed_point")
     if bits < 0:
         raise ValueError(f"the bits of a fraction must be >= 0, got {bits}")
     if not 0 < largest < math.inf:
@@ -302,7 +246,21 @@ def fixed_point(
         return jax.tree.map(leaf, uploads)
 
     wire = Wire(lambda upload: jax.tree.map(decoded, upload), written)
-    return algorithm._replace(client=client, aggregate=aggregate, wire=wire)
+    expects = algorithm.expects.also(clients_per_round=clients_per_round, weighting="uniform")
+    return algorithm._replace(client=client, aggregate=aggregate, wire=wire, expects=expects)
+
+
+def _check_plain(algorithm: Algorithm, name: str) -> None:
+    if algorithm.wire is not None:
+        raise ValueError(
+            f"{name} needs uploads that are plain numbers, and this algorithm's are codes, bits or "
+            f"integers: put {name} around the algorithm first, or leave one of them out"
+        )
+    if algorithm.late_uploads:
+        raise ValueError(
+            f"{name} needs a uniform mean of one round's uploads, and this algorithm weighs late "
+            "ones: leave with_late_uploads out"
+        )
 
 
 def _with_noise(key: PRNGKey, tree: Any, deviation: float) -> Any:
@@ -319,52 +277,8 @@ def _with_noise(key: PRNGKey, tree: Any, deviation: float) -> Any:
     return jax.tree.unflatten(treedef, noisy)
 
 
-def _epsilon(parts: list[tuple[float, int, int, int]], delta: float) -> float:
-    """Returns ε of (noise multiplier, sample, population, times), each of sensitivity 1."""
-    dp = _library()
-    if any(times and not multiplier for multiplier, _, _, times in parts):
-        return math.inf
-    events = []
-    for multiplier, sample, population, times in parts:
-        event = dp.GaussianDpEvent(multiplier)
-        if sample < population:
-            event = dp.SampledWithoutReplacementDpEvent(population, sample, event)
-        if times:
-            events.append((event, times))
-    return _composed(events, delta)
-
-
-def _composed(events: list[tuple[Any, int]], delta: float) -> float:
-    """Returns ε of events of dp-accounting, each so many times."""
-    if not events:
-        return 0.0
-    dp = _library()
-    from dp_accounting.rdp import RdpAccountant
-
-    accountant = RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
-    for event, times in events:
-        accountant.compose(event, times)
-    return float(accountant.get_epsilon(delta))
-
-
-def _library() -> Any:
-    try:
-        import dp_accounting
-    except ImportError:
-        raise ImportError(
-            "accounting for privacy needs the package dp-accounting; "
-            "pip install 'zofl-jax[privacy]'"
-        ) from None
-    return dp_accounting
-
-
 def _check(clip: float, noise_multiplier: float) -> None:
     if not 0 < clip < math.inf:
         raise ValueError(f"the clipping norm must be positive and finite, got {clip}")
     if not 0 <= noise_multiplier < math.inf:
         raise ValueError(f"the noise multiplier must be >= 0 and finite, got {noise_multiplier}")
-
-
-def _check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must be in (0, 1), got {delta}")

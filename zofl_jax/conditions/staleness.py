@@ -1,7 +1,10 @@
 """Uploads that missed a round's deadline, used in the next one with a smaller weight.
 
     algorithm = with_late_uploads(decomfl(...), weight=0.5)
-    conditions = Conditions(attend=partial(..., deadline=2.0), late_uploads=True)
+    conditions = Conditions(attend=partial(..., deadline=2.0))
+
+The algorithm says by `Algorithm.late_uploads` that it is given them, and a simulation hands them
+over; late uploads to any other algorithm are lost.
 
 A late upload belongs to the state and, for scalars, to the directions of the round it was made
 in. So the broadcast has two parts, each the aggregate of its own uploads times its share of
@@ -61,10 +64,18 @@ def with_late_uploads(
       prng_impl: the generator of the run's shared keys.
 
     Raises:
-      ValueError: for a weight out of range.
+      ValueError: for a weight out of range, for an algorithm that is given late uploads already
+        or was made for a uniform mean, or (while tracing) for a run with another generator.
     """
     if not 0 < weight <= 1:
         raise ValueError(f"the weight of late uploads must be in (0, 1], got {weight}")
+    if algorithm.late_uploads:
+        raise ValueError("the algorithm is given late uploads already: use with_late_uploads once")
+    if algorithm.expects.weighting == "uniform":
+        raise ValueError(
+            "the algorithm was made for a uniform mean of one round's uploads, as private clients "
+            "and secure sums are, and late uploads would be weighed: leave with_late_uploads out"
+        )
 
     def inside(state: ServerState) -> ServerState:
         return state._replace(opt_state=state.opt_state.inner)
@@ -91,6 +102,7 @@ def with_late_uploads(
 
     def server(key: PRNGKey, state: ServerState, broadcast: Broadcast) -> ServerState:
         fresh, late = broadcast
+        _check_generator(key, prng_impl)
         before = jax.random.wrap_key_data(state.opt_state.words, impl=prng_impl)
 
         def step_back(state: ServerState) -> ServerState:
@@ -113,8 +125,22 @@ def with_late_uploads(
 
     sync = None if algorithm.sync is None else delayed(algorithm.sync)
     return algorithm._replace(
-        init=init, client=client, aggregate=aggregate, server=server, sync=sync
+        init=init,
+        client=client,
+        aggregate=aggregate,
+        server=server,
+        sync=sync,
+        late_uploads=True,
     )
+
+
+def _check_generator(key: PRNGKey, prng_impl: str) -> None:
+    """Checks that keys of the last round can be made again from their words."""
+    if key.dtype != jax.eval_shape(lambda: jax.random.key(0, impl=prng_impl)).dtype:
+        raise ValueError(
+            f"with_late_uploads was given prng_impl={prng_impl!r}, and the run's shared keys are "
+            f"of {str(jax.random.key_impl(key))!r}: give it the run's"
+        )
 
 
 def _schedules_of(before: optax.OptState, after: optax.OptState) -> optax.OptState:

@@ -161,7 +161,7 @@ class Team:
             with self._in_step():
                 return simulator.land(flight)
 
-        return simulator._replace(launch=launch, land=land)
+        return simulator.wrapped(launch=launch, land=land)
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ finite, the round is not applied: the loop ends before it.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from zofl_jax.conditions import aggregation, attacks, participation
 from zofl_jax.core import (
     Algorithm,
     Array,
+    Batches,
     Broadcast,
     ClientData,
     ClientResult,
@@ -38,11 +39,11 @@ from zofl_jax.core import (
     ServerState,
     Task,
     Upload,
+    Weighting,
+    Wire,
 )
 from zofl_jax.data import batches as data_batches
-from zofl_jax.engine import ledger, placement
-
-Weighting = Literal["uniform", "examples"]
+from zofl_jax.engine import carried, ledger, placement
 
 CAPACITY = 128
 """The most rounds in one dispatch, of algorithms whose broadcasts are a few scalars."""
@@ -58,14 +59,13 @@ class Conditions(NamedTuple):
       attend: who is there, see `participation`; a uniform cohort unless given.
       adversary: who is malicious and what they do; nobody unless given.
       max_message: messages with a number larger than this in size are rejected.
-      late_uploads: whether uploads after the deadline are used in the next round, which needs
-        an algorithm made by `staleness.with_late_uploads`, or lost.
+
+    Whether uploads after the deadline are used is the algorithm's: see `staleness`.
     """
 
     attend: participation.Attend | None = None
     adversary: attacks.Adversary | None = None
     max_message: float = math.inf
-    late_uploads: bool = False
 
 
 IDEAL = Conditions()
@@ -79,20 +79,6 @@ class RoundRecord(NamedTuple):
     broadcast: Broadcast
     loss: Array  # [], the mean training loss, where finite, of those whose uploads are used
     rejected: Array  # int32 [], messages
-
-
-class Late(NamedTuple):
-    """Uploads that missed the deadline of the round before."""
-
-    uploads: Upload  # a tree of arrays [clients_per_round, ...]
-    weights: Array  # [clients_per_round], zero for those in time
-
-
-class Memory(NamedTuple):
-    """What outlives a round beside the shared state, where late uploads are used."""
-
-    clients: Any
-    late: Late
 
 
 class Loop(NamedTuple):
@@ -119,77 +105,12 @@ def make_advance(
     """Returns (state, memory, train, root, limit) -> Loop: up to `limit` rounds.
 
     The clients are shared out over the devices of `mesh`; buffers hold `rounds_at_most` rounds.
-    Where `conditions.late_uploads`, `memory` is a `Memory`, and otherwise the clients' alone.
+    `memory` is what `carried` makes of the algorithm: the clients' alone, or with late uploads.
     """
-    num_clients = task.train.num_clients
-    attend = conditions.attend or participation.everyone(num_clients, clients_per_round)
-    adversary, stale = conditions.adversary, conditions.late_uploads
-
-    def clients(shared: tuple, each: tuple) -> ClientResult:
-        return jax.vmap(algorithm.client, in_axes=(None, None, 0, 0, 0))(*shared, *each)
-
-    def exchange(
-        state: ServerState, memory: Any, train: ClientData, root: keys.RootKeys
-    ) -> tuple[RoundRecord, Any, Array]:
-        """Returns the record of a round, not yet applied, new memory, and whether it is sound."""
-        r = state.round
-        attendance = attend(root, r)
-        cohort = attendance.cohort
-        batch_keys = jax.vmap(lambda c: keys.batch_key(root.batches, r, c))(cohort)
-        rows = jax.vmap(
-            lambda key, c: data_batches.sampled_indices(
-                key, train, c, batch_size, algorithm.local_steps
-            )
-        )(batch_keys, cohort)
-        batches = placement.take(train.examples, rows, mesh)
-        if adversary is not None and adversary.data_attack is not None:
-            batches = _where_rows(
-                adversary.malicious[cohort], jax.vmap(adversary.data_attack)(batches), batches
-            )
-        own_keys = jax.vmap(lambda c: keys.own_key(root.own, r, c))(cohort)
-        before = _rows(memory.clients if stale else memory, cohort)
-        results = placement.over_devices(clients, mesh)(
-            (keys.round_key(root.shared, r), state), (before, batches, own_keys)
-        )
-        uploads = results.upload
-        if adversary is not None and adversary.attack is not None:
-            key, malicious = keys.round_key(root.adversary, r), adversary.malicious[cohort]
-            attack = attacks.on_wire(adversary.attack, algorithm.wire)
-            uploads = attack(key, uploads, malicious, attendance.uploaded)
-        good = attendance.uploaded & _acceptable(uploads, conditions.max_message)
-        used = good & attendance.in_time
-        weights = jnp.ones(clients_per_round, jnp.float32)
-        if weighting == "examples":
-            counts = train.offsets[cohort + 1] - train.offsets[cohort]
-            weights = counts.astype(jnp.float32)
-        broadcast = _aggregate(
-            algorithm,
-            aggregation.present_only(uploads, good),
-            jnp.where(used, weights, 0.0),
-            memory.late if stale else None,
-        )
-        # With nobody to listen to, the loss is that of the work done in vain. No loss is sent: one
-        # that is not finite stops nothing while another is.
-        heard = jnp.where(jnp.any(used), used, ~used) & jnp.isfinite(results.stats["loss"])
-        losses = jnp.where(heard, results.stats["loss"], 0.0)
-        loss = jnp.average(losses, weights=jnp.where(heard, weights, 0.0))
-        rejected = attendance.uploaded & ~good
-        lost = jnp.any(rejected) & ~jnp.any(good)
-        record = RoundRecord(attendance, broadcast, loss, jnp.sum(rejected, dtype=jnp.int32))
-        healthy = ~lost & _all_finite((broadcast, loss))
-        # A client whose upload counts neither now nor later takes back what it did for it.
-        counted = good if stale else used
-        after = _where_rows(counted & healthy, results.memory, before)
-        kept = jax.tree.map(
-            lambda m, new: m.at[cohort].set(new), memory.clients if stale else memory, after
-        )
-        if stale:
-            late = good & ~attendance.in_time
-            missed = Late(aggregation.present_only(uploads, late), jnp.where(late, weights, 0.0))
-            kept = Memory(
-                kept, jax.tree.map(lambda a, b: jnp.where(healthy, a, b), missed, memory.late)
-            )
-        return record, kept, healthy
+    everyone = participation.everyone(task.train.num_clients, clients_per_round)
+    exchange = _make_exchange(
+        algorithm, batch_size, weighting, mesh, conditions.attend or everyone, conditions
+    )
 
     def advance(
         state: ServerState, memory: Any, train: ClientData, root: keys.RootKeys, limit: Array
@@ -213,6 +134,59 @@ def make_advance(
         return jax.lax.while_loop(lambda c: (c.done < limit) & c.healthy, body, start)
 
     return advance
+
+
+def _make_exchange(
+    algorithm: Algorithm,
+    batch_size: int,
+    weighting: Weighting,
+    mesh: Mesh | None,
+    attend: participation.Attend,
+    conditions: Conditions,
+) -> Callable[..., tuple[RoundRecord, Any, Array]]:
+    """Returns (state, memory, train, root) -> a round's record, new memory, whether it is sound.
+
+    It is a round up to the broadcast, which is not applied yet.
+    """
+    keeps, adversary = carried.of(algorithm), conditions.adversary
+
+    def clients(shared: tuple, each: tuple) -> ClientResult:
+        return jax.vmap(algorithm.client, in_axes=(None, None, 0, 0, 0))(*shared, *each)
+
+    def exchange(
+        state: ServerState, memory: Any, train: ClientData, root: keys.RootKeys
+    ) -> tuple[RoundRecord, Any, Array]:
+        # Who is asked, and what each of them does.
+        r = state.round
+        attendance = attend(root, r)
+        cohort = attendance.cohort
+        batches = _batches_of(cohort, r, train, root, batch_size, algorithm.local_steps, mesh)
+        batches = _tampered_batches(adversary, cohort, batches)
+        own_keys = jax.vmap(lambda c: keys.own_key(root.own, r, c))(cohort)
+        before = _of_cohort(keeps.clients(memory), cohort)
+        results = placement.over_devices(clients, mesh)(
+            (keys.round_key(root.shared, r), state), (before, batches, own_keys)
+        )
+        # What is sent, and which of it is good.
+        uploads = _tampered_uploads(adversary, algorithm.wire, attendance, r, root, results.upload)
+        good = attendance.uploaded & _acceptable(uploads, conditions.max_message)
+        used = good & attendance.in_time
+        received = carried.Received(uploads, good, used, _weights_of(cohort, train, weighting))
+        # What the server makes of it, and whether that may be applied.
+        broadcast = _aggregate(algorithm, *keeps.to_aggregate(memory, received))
+        loss = _training_loss(results.stats["loss"], received)
+        rejected = attendance.uploaded & ~good
+        lost = jnp.any(rejected) & ~jnp.any(good)
+        record = RoundRecord(attendance, broadcast, loss, jnp.sum(rejected, dtype=jnp.int32))
+        healthy = ~lost & _all_finite((broadcast, loss))
+        # What is left of it beside the state.
+        after = _where_clients(keeps.remembered(received) & healthy, results.memory, before)
+        remembered = jax.tree.map(
+            lambda m, new: m.at[cohort].set(new), keeps.clients(memory), after
+        )
+        return record, keeps.after(memory, remembered, received, healthy), healthy
+
+    return exchange
 
 
 def capacity(broadcast: Any) -> int:
@@ -289,13 +263,71 @@ def _server_if(
     )
 
 
-def _aggregate(
-    algorithm: Algorithm, uploads: Upload, weights: Array, late: Late | None
-) -> Broadcast:
+def _batches_of(
+    cohort: Array,
+    round_index: Array,
+    train: ClientData,
+    root: keys.RootKeys,
+    batch_size: int,
+    local_steps: int,
+    mesh: Mesh | None,
+) -> Batches:
+    """Returns each client's own draw from its data, a tree of arrays [C, K, B, ...]."""
+    batch_keys = jax.vmap(lambda c: keys.batch_key(root.batches, round_index, c))(cohort)
+    chosen = jax.vmap(
+        lambda key, c: data_batches.sampled_indices(key, train, c, batch_size, local_steps)
+    )(batch_keys, cohort)
+    return placement.take(train.examples, chosen, mesh)
+
+
+def _tampered_batches(
+    adversary: attacks.Adversary | None, cohort: Array, batches: Batches
+) -> Batches:
+    """Returns the batches that are trained on, [C, K, B, ...]."""
+    if adversary is None or adversary.data_attack is None:
+        return batches
+    malicious = adversary.malicious[cohort]
+    return _where_clients(malicious, jax.vmap(adversary.data_attack)(batches), batches)
+
+
+def _tampered_uploads(
+    adversary: attacks.Adversary | None,
+    wire: Wire | None,
+    attendance: participation.Attendance,
+    round_index: Array,
+    root: keys.RootKeys,
+    uploads: Upload,
+) -> Upload:
+    """Returns the uploads that are sent, [C, ...]."""
+    if adversary is None or adversary.attack is None:
+        return uploads
+    key = keys.round_key(root.adversary, round_index)
+    malicious = adversary.malicious[attendance.cohort]
+    return attacks.on_wire(adversary.attack, wire)(key, uploads, malicious, attendance.uploaded)
+
+
+def _weights_of(cohort: Array, train: ClientData, weighting: Weighting) -> Array:
+    """Returns the weight of each client's upload, [C]."""
+    if weighting == "examples":
+        counts = train.offsets[cohort + 1] - train.offsets[cohort]
+        return counts.astype(jnp.float32)
+    return jnp.ones(len(cohort), jnp.float32)
+
+
+def _training_loss(losses: Array, received: carried.Received) -> Array:
+    """Returns the mean loss of those whose uploads are used, [].
+
+    With nobody to listen to it is that of the work done in vain. No loss is sent: one that is not
+    finite stops nothing while another is.
+    """
+    used = received.used
+    heard = jnp.where(jnp.any(used), used, ~used) & jnp.isfinite(losses)
+    losses = jnp.where(heard, losses, 0.0)
+    return jnp.average(losses, weights=jnp.where(heard, received.weights, 0.0))
+
+
+def _aggregate(algorithm: Algorithm, uploads: Upload, weights: Array) -> Broadcast:
     """Returns the broadcast, zero if no upload is used."""
-    if late is not None:
-        uploads = jax.tree.map(lambda u, v: jnp.concatenate([u, v]), uploads, late.uploads)
-        weights = jnp.concatenate([weights, late.weights])
     broadcast = algorithm.aggregate(uploads, weights)
     return jax.tree.map(lambda b: jnp.where(jnp.any(weights > 0), b, jnp.zeros_like(b)), broadcast)
 
@@ -314,11 +346,12 @@ def _acceptable(uploads: Upload, largest: float) -> Array:
     return jnp.all(jnp.stack([jnp.ones(size, bool), *map(leaf, leaves)]), axis=0)
 
 
-def _where_rows(rows: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(aggregation.beside(rows, a), a, b), new, old)
+def _where_clients(chosen: Array, new: Any, old: Any) -> Any:
+    """Returns `new` of the chosen clients [C] and `old` of the others, trees of arrays [C, ...]."""
+    return jax.tree.map(lambda a, b: jnp.where(aggregation.beside(chosen, a), a, b), new, old)
 
 
-def _rows(memory: Any, cohort: Array) -> Any:
+def _of_cohort(memory: Any, cohort: Array) -> Any:
     return jax.tree.map(lambda m: m[cohort], memory)
 
 
