@@ -15,9 +15,6 @@ best accuracy it takes to all rounds and the other seeds. The workdir holds the 
 The same command again goes on where it was stopped.
 """
 
-import contextlib
-import hashlib
-import json
 import math
 import re
 import shlex
@@ -29,9 +26,10 @@ import tqdm
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import comparison, config, entry, report, train
+from experiments import comparison, config, entry, report, train, workdirs
 from zofl_jax.runs.directory import open_run
 from zofl_jax.runs.run_files import save_figure, write_atomically
+from zofl_jax.training import observers, summaries
 
 flags.DEFINE_multi_string(
     "method", [], "A method and flags of its own, as in 'hiso --learning_rate=0.1'; repeat it."
@@ -69,7 +67,7 @@ class Method(NamedTuple):
     @property
     def folder(self) -> str:
         """The name as a folder's."""
-        return re.sub(r"[^\w.-]+", "_", self.name)
+        return workdirs.plain(self.name)
 
     def trial_rounds(self, share: float) -> int:
         """Returns the rounds of a trial: a share of all, up to an evaluation."""
@@ -97,7 +95,7 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
 
     first = methods[0].values
-    title = f"{first['task']}, {report.model_name(first)}"
+    title = f"{first['task']}, {summaries.model_name(first['model'])}"
     share = FLAGS.trial_share
     tried_for = "" if share == 1 else f", each tried for {100 * share:g} % of the rounds"
     repeated = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
@@ -200,14 +198,8 @@ def parse_methods(lines: Sequence[str]) -> list[Method]:
 
 def default_workdir(methods: Sequence[Method]) -> Path:
     """Returns a folder whose name tells the task and whose digest tells all methods' flags."""
-    fixed = [
-        {name: v for name, v in method.values.items() if name not in train.MAY_CHANGE}
-        | {"method": method.name}
-        for method in methods
-    ]
-    digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
-    task = re.sub(r"[^\w.-]+", "_", methods[0].values["task"])
-    return Path("runs") / f"compare-{task}-{digest}"
+    told = workdirs.digest([workdirs.fixed(m.values) | {"method": m.name} for m in methods])
+    return Path("runs") / f"compare-{workdirs.plain(methods[0].values['task'])}-{told}"
 
 
 def _run(
@@ -217,40 +209,31 @@ def _run(
     values = {**method.values, "seed": seed, "learning_rate": rate, "rounds": rounds}
     bar.set_description(f"{method.name} lr={rate:g} seed={seed}")
 
-    def start_bar(done: int) -> contextlib.nullcontext:
-        _skip(bar, done)
-        return contextlib.nullcontext(bar)
-
     path = workdir / method.folder / f"lr{rate:g}-seed{seed}"
     values = config.resumed(values, path)
-    with open_run(path, values, train.MAY_CHANGE) as run:
+    with open_run(path, values, workdirs.MAY_CHANGE) as run:
         summary = run.read_summary()
         if summary:  # results of other data would stand in the same table
             run.check_inputs(config.inputs(values, FLAGS.devices))
         got_to = max(run.log.last_round + 1, (summary or {}).get("diverged_round", 0))
         if summary and summary["rounds"] >= rounds and got_to > rounds:  # a trial that went on
-            _skip(bar, rounds)
+            observers.skip(bar, rounds)
             return comparison.Result(method.name, seed, rate, comparison.cut(summary, rounds))
         ended = train.finished(run, values)
         summary = ended.summary if ended else summary
         if summary and "diverged_round" in summary:
-            _skip(bar, rounds)
+            observers.skip(bar, rounds)
             return comparison.Result(method.name, seed, rate, summary)
         if summary and ended:
-            _skip(bar, rounds)
+            observers.skip(bar, rounds)
         else:
-            summary = train.train(run, values, None, start_bar, figures=False).summary
-            _skip(bar, rounds - summary["rounds"])
+            summary = train.train(
+                run, values, None, observers.ProgressBar(bar), figures=False
+            ).summary
+            observers.skip(bar, rounds - summary["rounds"])
     if summary.get("failure"):
-        train.note(f"{method.name}, learning rate {rate:g}, seed {seed}: {summary['failure']}")
+        report.note(f"{method.name}, learning rate {rate:g}, seed {seed}: {summary['failure']}")
     return comparison.Result(method.name, seed, rate, summary)
-
-
-def _skip(bar: tqdm.tqdm, rounds: int) -> None:
-    """Moves the bar on without counting for the speed."""
-    if not bar.disable:
-        bar.initial += rounds
-        bar.update(rounds)
 
 
 def _numbers(name: str, texts: Sequence[str]) -> list[float]:

@@ -14,6 +14,7 @@ from experiments import conditions, config, methods, report
 from experiments.entry import UserError
 from zofl_jax.conditions import accounting
 from zofl_jax.engine import ledger, simulation
+from zofl_jax.training import summaries
 
 SMALL = ("--num_clients=6", "--clients_per_round=5", "--batch_size=8", "--perturbation=rademacher")
 
@@ -142,7 +143,7 @@ def test_clients_that_come_and_go():
     assert found.there.sum() > found.in_time.sum()
     assert progress.ledger.totals.upload == found.uploaded.sum() * simulator.sizes[0].upload
     # Clients that are not there compute nothing; those whose upload is lost or late do.
-    summary = report.summarise(values, experiment, progress)
+    summary = summaries.summarise(simulator, progress, report.about(values, experiment))
     assert found.there.sum() < found.there.size
     expected = int(found.there.sum()) * simulator.phases[0].algorithm.passes.forward
     assert summary["forward_passes"] == summary["history"][-1]["forward_passes"] == expected

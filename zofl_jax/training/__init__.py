@@ -1,0 +1,1 @@
+"""Runs with all that surrounds the rounds: a log, resume, snapshots, and those who watch."""
