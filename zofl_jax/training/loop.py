@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zofl_jax.engine import simulation
+from zofl_jax.engine import ledger, simulation
 from zofl_jax.observation import divergence
 from zofl_jax.runs import recording
 from zofl_jax.runs.directory import Flag, Run, RunError, open_run, read_flags
@@ -25,7 +25,6 @@ from zofl_jax.training.observers import (
     Advice,
     Context,
     Observer,
-    Recorder,
     Snapshots,
     remedied,
     to_stderr,
@@ -204,7 +203,7 @@ def go_on(
     began = time.perf_counter()
     progress = _restored(run, simulator, inputs, notices, tell)
     context = Context(run, simulator, progress, rounds, eval_every, advice or Advice(), tell)
-    watching = (Recorder(snapshots or Snapshots()), *observers)
+    watching = (_Recorder(snapshots or Snapshots()), *observers)
     progress, diverged = _rounds(context, watching)
     recording.save_snapshot(run, progress)
     summary = summaries.summarise(simulator, progress, about)
@@ -216,6 +215,36 @@ def go_on(
         summary |= each.end(summary)
     run.write_summary(summary)
     return Outcome(summary, summary.get("failure"), progress)
+
+
+class _Recorder(Observer):
+    """Writes the log, and snapshots from time to time; it watches every run, before all others."""
+
+    def __init__(self, snapshots: Snapshots):
+        self._snapshots = snapshots
+
+    def start(self, context: Context) -> None:
+        self._run, self._saving = context.run, False
+        self._snapshots.start(time.perf_counter())
+
+    def wants_state(self, rounds_done: int) -> bool:
+        self._saving = self._snapshots.due(time.perf_counter())
+        return self._saving
+
+    def rounds(
+        self,
+        trace: simulation.Trace,
+        counted: Sequence[ledger.RoundBytes],
+        progress: simulation.Progress,
+    ) -> None:
+        recording.write_rounds(self._run, trace, counted, progress)
+        if self._saving:
+            self._saving, began = False, time.perf_counter()
+            recording.save_snapshot(self._run, progress)
+            self._snapshots.saved(began, time.perf_counter())
+
+    def record(self, record: simulation.Record) -> None:
+        recording.write_record(self._run, record)
 
 
 def _restored(

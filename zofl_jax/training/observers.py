@@ -14,7 +14,6 @@ time, and may watch another after it.
 
 import functools
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -153,40 +152,6 @@ class Snapshots:
     def saved(self, began: float, ended: float) -> None:
         """Takes note of a snapshot."""
         self._next = ended + max(self._seconds, (ended - began) / self._share)
-
-
-class Recorder(Observer):
-    """Writes the log, and snapshots from time to time; it watches every run, before all others."""
-
-    def __init__(self, snapshots: Snapshots):
-        self._snapshots = snapshots
-
-    def start(self, context: Context) -> None:
-        """Keeps the run directory."""
-        self._run, self._saving = context.run, False
-        self._snapshots.start(time.perf_counter())
-
-    def wants_state(self, rounds_done: int) -> bool:
-        """Returns whether a snapshot is due."""
-        self._saving = self._snapshots.due(time.perf_counter())
-        return self._saving
-
-    def rounds(
-        self,
-        trace: simulation.Trace,
-        counted: Sequence[ledger.RoundBytes],
-        progress: simulation.Progress,
-    ) -> None:
-        """Logs the rounds."""
-        recording.write_rounds(self._run, trace, counted, progress)
-        if self._saving:
-            self._saving, began = False, time.perf_counter()
-            recording.save_snapshot(self._run, progress)
-            self._snapshots.saved(began, time.perf_counter())
-
-    def record(self, record: simulation.Record) -> None:
-        """Logs an evaluation."""
-        recording.write_record(self._run, record)
 
 
 class ProgressBar(Observer):
