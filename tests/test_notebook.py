@@ -28,5 +28,7 @@ def test_quickstart_runs_and_learns(monkeypatch):
     ]
     assert len(accuracies) == 2
     assert min(accuracies) > 0.85
-    late_client = text[8]
-    assert "True" in late_client and "False" not in late_client
+    late_client, stopped, resumed = text[8], text[9], text[10]
+    for output in (late_client, resumed):
+        assert "True" in output and "False" not in output
+    assert "stopped" in stopped and "resuming" in resumed and "200/200" in resumed
