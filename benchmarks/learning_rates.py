@@ -25,10 +25,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import flagsaver
 
 from benchmarks import measuring
-from experiments import config, entry, methods, tuning
+from experiments import entry, flags, tuning
+from zofl_jax.configuration.config import Config
+from zofl_jax.configuration.experiment import Experiment, at_learning_rate, build
+from zofl_jax.configuration.phases import build_phases
+from zofl_jax.configuration.resolve import resolve
+from zofl_jax.data import cache
 from zofl_jax.engine import compilation, rounds, simulation
 
 SEEDS = (0, 1, 2)
@@ -117,40 +121,39 @@ def main(argv: list[str] | None = None) -> None:
 
 def use_cache() -> None:
     """Turns on the cache of compiled programs: all rates and seeds of a cell have the same."""
-    jax.config.update("jax_compilation_cache_dir", str(entry.default_cache()))
+    jax.config.update("jax_compilation_cache_dir", str(cache.compiled()))
 
 
 def measure(cell: Cell, seed: int, more: list[str]) -> list[dict[str, Any]]:
     """Returns the rows of a cell and a seed."""
-    with flagsaver.flagsaver():
-        config.FLAGS(["train", *cell.flags(seed), *more])
-        values = config.resolve()
-    experiment = config.build(values, 1)
-    at = one_program(cell, values, experiment)
+    config = resolve(flags.parse([*cell.flags(seed), *more]))
+    experiment = build(config, 1)
+    at = one_program(cell, config, experiment)
     began = time.process_time()
     try:
-        found = tuning.probe_with(values, experiment.task, at)
+        found = tuning.probe_with(config, experiment.task, at)
     except entry.UserError as error:
         return [{"cell": cell.name, "seed": seed, "failure": str(error)}]
     probing = time.process_time() - began
-    common = {"cell": cell.name, "seed": seed, "rounds": values["rounds"]}
+    common = {"cell": cell.name, "seed": seed, "rounds": config.rounds}
     chosen = {
         "auto": True,
         "probe_rounds": found.rounds,
         "probe_cpu_seconds": round(probing, 2),
         "trials": {f"{t.learning_rate:g}": t.good for t in found.trials},
     }
-    rows = {found.learning_rate: run(values, at, found.learning_rate) | chosen}
+    rows = {found.learning_rate: run(config, at, found.learning_rate) | chosen}
     for factor in (STEP, 1 / STEP):  # away from the chosen rate, as long as that helps
         rate = found.learning_rate
         while True:
             before, rate = rate, float(f"{rate * factor:.3g}")
-            rows[rate] = run(values, at, rate)
+            rows[rate] = run(config, at, rate)
             if not rows[rate]["accuracy"] > rows[before]["accuracy"]:
                 break
-    if values["learning_rate"] not in rows:
-        rows[values["learning_rate"]] = run(values, at, values["learning_rate"])
-    rows[values["learning_rate"]]["default"] = True
+    default = float(config.learning_rate or 0)
+    if default not in rows:
+        rows[default] = run(config, at, default)
+    rows[default]["default"] = True
     return [common | {"rate": rate} | rows[rate] for rate in sorted(rows)]
 
 
@@ -158,25 +161,25 @@ programs: dict[Cell, Callable[..., Any]] = {}  # of the cell at hand alone
 
 
 def one_program(
-    cell: Cell, values: config.Values, experiment: config.Experiment
+    cell: Cell, config: Config, experiment: Experiment
 ) -> Callable[[float], simulation.Simulator]:
     """Returns learning rate -> simulator; they share a program that takes rate and seed.
 
-    `config.at_learning_rate` traces anew for each rate, which takes longer than most of these runs.
+    `at_learning_rate` traces anew for each rate, which takes longer than most of these runs.
     Where the optimiser is tried out on numbers while a round is traced, it is taken instead:
     low-rank directions at K > 1.
     """
     simulator, task = experiment.simulator, experiment.task
-    if values["perturbation"] == "low_rank" and values["local_steps"] > 1:
+    if config.perturbation == "low_rank" and config.local_steps > 1:
         return lambda rate: (
-            config.at_learning_rate(experiment, {**values, "learning_rate": rate}, 1).simulator
+            at_learning_rate(experiment, config.replace(learning_rate=rate), 1).simulator
         )
 
     def advance(rate: Any, *args: Any) -> Any:
-        (phase,) = methods.build_phases({**values, "learning_rate": rate}, task)
-        sizes = values["clients_per_round"], values["batch_size"]
+        (phase,) = build_phases(config.replace(learning_rate=rate), task)
+        sizes = config.clients_per_round, config.batch_size
         made = rounds.make_advance(
-            *(phase.algorithm, task, *sizes, values["weighting"], None),
+            *(phase.algorithm, task, *sizes, config.weighting, None),
             *(simulator.capacities[0], simulator.conditions),
         )
         return made(*args)
@@ -195,16 +198,14 @@ def one_program(
     return at
 
 
-def run(
-    values: config.Values, at: Callable[[float], simulation.Simulator], rate: float
-) -> dict[str, Any]:
+def run(config: Config, at: Callable[[float], simulation.Simulator], rate: float) -> dict[str, Any]:
     """Returns the accuracy after all rounds of a rate, 0 and the round where the run diverged."""
     simulator = at(rate)
     progress, began = simulator.start(None), time.process_time()
     state, memory, first = progress.state, progress.memory, math.nan
     done, diverged = 0, None
-    while done < values["rounds"] and diverged is None:
-        n = min(max(1, values["rounds"] // 10), values["rounds"] - done, min(simulator.capacities))
+    while done < config.rounds and diverged is None:
+        n = min(max(1, config.rounds // 10), config.rounds - done, min(simulator.capacities))
         state, memory, trace = simulator.advance(state, memory, n)
         done += len(trace.losses)
         first = first if done > n else float(trace.losses[0])

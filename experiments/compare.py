@@ -24,12 +24,15 @@ from typing import NamedTuple
 
 import tqdm
 from absl import flags
-from absl.testing import flagsaver
 
-from experiments import comparison, config, entry, report, train, workdirs
+from zofl_jax.configuration.config import Config
+from zofl_jax.configuration.experiment import inputs, resumed
 from zofl_jax.runs.directory import open_run
 from zofl_jax.runs.run_files import save_figure, write_atomically
-from zofl_jax.training import observers, summaries
+from zofl_jax.training import described, observers, summaries
+
+from . import comparison, entry, train
+from . import flags as settings
 
 flags.DEFINE_multi_string(
     "method", [], "A method and flags of its own, as in 'hiso --learning_rate=0.1'; repeat it."
@@ -58,20 +61,20 @@ class Method(NamedTuple):
 
     Attributes:
       name: of its row.
-      values: its flags, with the first seed and its own learning rate.
+      config: its settings, with the first seed and its own learning rate.
     """
 
     name: str
-    values: config.Values
+    config: Config
 
     @property
     def folder(self) -> str:
         """The name as a folder's."""
-        return workdirs.plain(self.name)
+        return described.plain(self.name)
 
     def trial_rounds(self, share: float) -> int:
         """Returns the rounds of a trial: a share of all, up to an evaluation."""
-        rounds, every = self.values["rounds"], self.values["eval_every"]
+        rounds, every = self.config.rounds, self.config.eval_every
         return min(rounds, math.ceil(share * rounds / every) * every)
 
 
@@ -83,7 +86,7 @@ def main() -> None:
     if targets[-1] > 1:
         raise entry.UserError(f"--targets are accuracies of at most 1, got {targets[-1]:g}")
     for method in methods:
-        train.check_diagnose_every(method.values)
+        train.check_diagnose_every(method.config)
     if not FLAGS.trial_share > 0:
         raise entry.UserError(f"--trial_share must be in (0, 1], got {FLAGS.trial_share:g}")
     if FLAGS.auto_lr:
@@ -94,8 +97,8 @@ def main() -> None:
         raise entry.UserError(f"{workdir} holds a single run: choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
 
-    first = methods[0].values
-    title = f"{first['task']}, {summaries.model_name(first['model'])}"
+    first = methods[0].config
+    title = f"{first.task}, {summaries.model_name(str(first.model))}"
     share = FLAGS.trial_share
     tried_for = "" if share == 1 else f", each tried for {100 * share:g} % of the rounds"
     repeated = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
@@ -106,7 +109,7 @@ def main() -> None:
         else ""
     )
     grids = {
-        method.name: [float(f"{method.values['learning_rate'] * f:.6g}") for f in factors]
+        method.name: [float(f"{(method.config.learning_rate or 0) * f:.6g}") for f in factors]
         for method in methods
     }
     results: list[comparison.Result] = []
@@ -116,7 +119,7 @@ def main() -> None:
         table = comparison.rows(results, chosen, targets)
         heading = (
             f"Methods on {title} ({results[0].summary['num_params']:,} params): "
-            f"{first['num_clients']} clients, {repeated}{best_of}{tried_for}. "
+            f"{first.num_clients} clients, {repeated}{best_of}{tried_for}. "
             f"Costs are of all clients together{spread}. {comparison.FIRST_MODEL}"
         )
         _write(workdir / "table.csv", comparison.as_csv(table))
@@ -126,7 +129,7 @@ def main() -> None:
     trials = {method.name: method.trial_rounds(share) for method in methods}
     more = len(seeds) - (share == 1)  # runs of all rounds beside the trials
     with tqdm.tqdm(
-        total=sum(len(factors) * trials[m.name] + more * m.values["rounds"] for m in methods),
+        total=sum(len(factors) * trials[m.name] + more * m.config.rounds for m in methods),
         unit=" rounds",
         smoothing=0,  # methods differ in speed: the time left comes from the mean
         dynamic_ncols=True,
@@ -141,7 +144,7 @@ def main() -> None:
             # The chosen trial goes on to all rounds.
             results += [each for each in tried if share == 1 or each.learning_rate != best]
             for seed in seeds[len(seeds) - more :]:
-                results.append(_run(workdir, method, seed, best, bar, method.values["rounds"]))
+                results.append(_run(workdir, method, seed, best, bar, method.config.rounds))
             chosen[method.name] = best
             write()
     for name, figure in comparison.figures(results, chosen, targets, title).items():
@@ -164,62 +167,53 @@ def parse_methods(lines: Sequence[str]) -> list[Method]:
             name, *own = shlex.split(line)
         except ValueError as error:
             raise entry.UserError(f"--method={line!r} can't be read: {error}") from None
-        with flagsaver.flagsaver():
-            before = {flag: FLAGS[flag].present for flag in FLAGS}
-            if not any(re.match(r"--?algorithm\b", token) for token in own):
-                own = [f"--algorithm={name}", *own]
-            try:
-                rest = FLAGS([name, *own])[1:]
-            except flags.Error as error:
-                raise entry.UserError(f"--method={line!r}: {error}") from None
-            given = [flag for flag in FLAGS if FLAGS[flag].present > before[flag]]
-            wrong = [flag for flag in given if flag not in config.NAMES or flag == "seed"]
-            if rest or wrong:
-                what = rest[0] if rest else f"--{wrong[0]}"
-                raise entry.UserError(
-                    f"--method={line!r}: {what} is no flag of a single method; give it outside"
-                )
-            shared = [flag for flag in FLAGS if before[flag] and flag not in given]
-            methods.append(Method(name, config.resolve(shared)))
+        if not any(re.match(r"--?algorithm\b", token) for token in own):
+            own = [f"--algorithm={name}", *own]
+        try:
+            methods.append(Method(name, settings.config_of_method(own)))
+        except settings.LineError as error:
+            raise entry.UserError(f"--method={line!r}: {error}") from None
     names = [method.folder for method in methods]
     for name in names:
         if names.count(name) > 1:
             raise entry.UserError(
                 f"two methods are named {name!r}: name one '{name}-2 --algorithm={name} ...'"
             )
-    task = methods[0].values["task"]
+    first = methods[0].config
     for method in methods:
-        if (method.values["task"], method.values["model"]) != (task, methods[0].values["model"]):
+        if (method.config.task, method.config.model) != (first.task, first.model):
             raise entry.UserError(f"--method={method.name}: all methods share --task and --model")
-    if task == "quadratic":
-        raise entry.UserError("--task=quadratic has no accuracy to compare: use experiments.theory")
+    if first.kind == "quadratic":
+        raise entry.UserError(
+            f"--task={first.task} has no accuracy to compare: use experiments.theory"
+        )
     return methods
 
 
 def default_workdir(methods: Sequence[Method]) -> Path:
     """Returns a folder whose name tells the task and whose digest tells all methods' flags."""
-    told = workdirs.digest([workdirs.fixed(m.values) | {"method": m.name} for m in methods])
-    return Path("runs") / f"compare-{workdirs.plain(methods[0].values['task'])}-{told}"
+    told = described.digest([described.fixed(m.config) | {"method": m.name} for m in methods])
+    return Path("runs") / f"compare-{described.plain(methods[0].config.task)}-{told}"
 
 
 def _run(
     workdir: Path, method: Method, seed: int, rate: float, bar: tqdm.tqdm, rounds: int
 ) -> comparison.Result:
     """Returns the result of one run; a finished one is read, a stopped one goes on."""
-    values = {**method.values, "seed": seed, "learning_rate": rate, "rounds": rounds}
+    config = method.config.replace(seed=seed, learning_rate=rate, rounds=rounds)
     bar.set_description(f"{method.name} lr={rate:g} seed={seed}")
 
     path = workdir / method.folder / f"lr{rate:g}-seed{seed}"
-    values = config.resumed(values, path)
-    with open_run(path, values, workdirs.MAY_CHANGE) as run:
+    config, flags_of_run = resumed(config, path)
+    with open_run(path, flags_of_run, described.MAY_CHANGE) as run, entry.user_errors():
         summary = run.read_summary()
         if summary:  # results of other data would stand in the same table
-            run.check_inputs(config.inputs(values, FLAGS.devices))
+            run.check_inputs(inputs(config, FLAGS.devices))
         got_to = max(run.log.last_round + 1, (summary or {}).get("diverged_round", 0))
         if summary and summary["rounds"] >= rounds and got_to > rounds:  # a trial that went on
             observers.skip(bar, rounds)
             return comparison.Result(method.name, seed, rate, comparison.cut(summary, rounds))
-        ended = train.finished(run, values)
+        ended = described.ended(run, config, devices=FLAGS.devices)
         summary = ended.summary if ended else summary
         if summary and "diverged_round" in summary:
             observers.skip(bar, rounds)
@@ -228,11 +222,11 @@ def _run(
             observers.skip(bar, rounds)
         else:
             summary = train.train(
-                run, values, None, observers.ProgressBar(bar), figures=False
+                run, config, None, observers.ProgressBar(bar), figures=False
             ).summary
             observers.skip(bar, rounds - summary["rounds"])
     if summary.get("failure"):
-        report.note(f"{method.name}, learning rate {rate:g}, seed {seed}: {summary['failure']}")
+        entry.note(f"{method.name}, learning rate {rate:g}, seed {seed}: {summary['failure']}")
     return comparison.Result(method.name, seed, rate, summary)
 
 

@@ -19,10 +19,11 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from experiments.entry import UserError
 from zofl_jax.engine import processes
 from zofl_jax.engine.simulation import Simulator
 from zofl_jax.runs.directory import RunError
+
+from .entry import UserError
 
 flags.DEFINE_bool(
     "distributed",

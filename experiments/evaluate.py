@@ -19,10 +19,15 @@ import jax
 import tqdm
 from absl import flags
 
-from experiments import config, entry, language
 from zofl_jax import keys
+from zofl_jax.configuration.config import Config
+from zofl_jax.configuration.experiment import Experiment, build, rebuild
+from zofl_jax.configuration.texts import without_encoding
 from zofl_jax.core import Params
 from zofl_jax.runs.directory import read_flags
+
+from . import entry
+from . import flags as settings
 
 flags.DEFINE_string("workdir", None, "Run directory; the untrained model unless given.")
 flags.DEFINE_integer("round", None, "Rounds done; the last logged one unless given.")
@@ -76,35 +81,38 @@ def main() -> None:
             raise entry.UserError(f"--out={FLAGS.out} can't be written ({error})") from error
 
 
-def _untrained() -> tuple[config.Experiment, Params, str]:
-    values = config.resolve()
-    if not language.is_language_task(values["task"]):
+def _untrained() -> tuple[Experiment, Params, str]:
+    config = settings.config()
+    if config.kind != "texts":
         raise entry.UserError(
-            f"--task={values['task']} starts from random params, so there is nothing to evaluate "
+            f"--task={config.task} starts from random params, so there is nothing to evaluate "
             "before a run: give --workdir"
         )
-    experiment = config.build(values)
-    params = experiment.task.init(keys.root(values["seed"], values["prng_impl"]).init)
-    shots = f"{values['shots']} shots" if values["shots"] else "zero-shot"
-    return experiment, params, f"{values['model']}, {shots}"
+    with entry.user_errors():
+        experiment = build(config)
+    params = experiment.task.init(keys.root(config.seed, config.prng_impl).init)
+    shots = f"{config.shots} shots" if config.shots else "zero-shot"
+    return experiment, params, f"{config.model}, {shots}"
 
 
-def _trained() -> tuple[config.Experiment, Params, str]:
+def _trained() -> tuple[Experiment, Params, str]:
     workdir = Path(FLAGS.workdir)
     values = read_flags(workdir)
-    given = {name for name in config.NAMES if not FLAGS[name].using_default_value}
-    for name in sorted(given - set(EVALUATION_FLAGS)):
-        if FLAGS[name].value != values.get(name):
+    given = settings.given()
+    for name in sorted(set(given) - set(EVALUATION_FLAGS)):
+        if given[name] != values.get(name):
             raise entry.UserError(
-                f"--{name}={FLAGS[name].value} differs from {values.get(name)} in {workdir}: the "
+                f"--{name}={given[name]} differs from {values.get(name)} in {workdir}: the "
                 f"flags of a run are its own, but for {', '.join(EVALUATION_FLAGS)}"
             )
-    changed = values | {name: FLAGS[name].value for name in given & set(EVALUATION_FLAGS)}
-    experiment = config.build(changed)
-    if changed != values:
+    with entry.user_errors():
+        own = Config.from_flat(values)
+        changed = own.replace(**{name: given[name] for name in EVALUATION_FLAGS if name in given})
+        experiment = build(changed)
+    if changed != own:
         known = experiment.inputs
-        experiment = experiment._replace(inputs=lambda: language.without_encoding(known()))
-    state, done, _ = config.rebuild(workdir, values, experiment, FLAGS.round, nearest=True)
+        experiment = experiment._replace(inputs=lambda: without_encoding(known()))
+    state, done, _ = rebuild(workdir, experiment, FLAGS.round, nearest=True, note=entry.note)
     return experiment, state.params, f"{workdir} after {done} rounds"
 
 

@@ -8,17 +8,24 @@ alone, as peft reads them.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from experiments import config, entry, language
+from zofl_jax.configuration.config import Config
+from zofl_jax.configuration.experiment import build, rebuild
 from zofl_jax.core import Params
 from zofl_jax.runs.directory import read_flags
+
+from . import entry
 
 flags.DEFINE_string("workdir", None, "Run directory.", required=True)
 flags.DEFINE_string("out", None, "Folder to write; it must not exist or be empty.", required=True)
 flags.DEFINE_integer("round", None, "Rounds done; the last logged one unless given.")
 flags.DEFINE_bool("adapter", False, "Write the LoRA adapters alone, as peft reads them.")
+
+if TYPE_CHECKING:
+    from zofl_jax.tasks.language import LanguageModel
 
 FLAGS = flags.FLAGS
 
@@ -26,30 +33,32 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """Rebuilds the model of a round and writes it."""
     workdir, out = Path(FLAGS.workdir), Path(FLAGS.out)
-    values = read_flags(workdir)
-    if not language.is_language_task(str(values["task"])):
+    with entry.user_errors():
+        config = Config.from_flat(read_flags(workdir))
+    if config.kind != "texts":
         raise entry.UserError(
-            f"{workdir} trained on --task={values['task']}, not a language model; "
+            f"{workdir} trained on --task={config.task}, not a language model; "
             "experiments.replay saves its params as .npz"
         )
-    if FLAGS.adapter and not values["lora_rank"]:
+    if FLAGS.adapter and not config.lora_rank:
         raise entry.UserError(
             f"--adapter: {workdir} trained without adapters (--lora_rank=0); leave --adapter out"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise entry.UserError(f"--out={out} exists and is not an empty folder; name another")
-    experiment = config.build(values)
+    with entry.user_errors():
+        experiment = build(config)
     assert experiment.language is not None
-    state, done, _ = config.rebuild(workdir, values, experiment, FLAGS.round, nearest=True)
+    state, done, _ = rebuild(workdir, experiment, FLAGS.round, nearest=True, note=entry.note)
     model = experiment.language.model
     try:
-        _write(out, model, state.params, str(values["model"]))
+        _write(out, model, state.params, str(config.model))
     except OSError as error:
         raise entry.UserError(f"--out={out} can't be written ({error})") from error
     print(f"wrote the model after {done} rounds to {out}")
 
 
-def _write(out: Path, model: "language.LanguageModel", trained: Params, base: str) -> None:
+def _write(out: Path, model: "LanguageModel", trained: Params, base: str) -> None:
     from zofl_jax.models import lora, weights
 
     params = model.params(trained)

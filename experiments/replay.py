@@ -13,11 +13,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import config, entry
 from zofl_jax import keys
+from zofl_jax.configuration.config import Config
+from zofl_jax.configuration.experiment import build, rebuild
 from zofl_jax.engine import rounds
 from zofl_jax.runs import recording
 from zofl_jax.runs.directory import open_run, read_flags
+
+from . import entry
 
 flags.DEFINE_string("workdir", None, "Run directory.", required=True)
 flags.DEFINE_integer("round", None, "Rounds done; the last logged one unless given.")
@@ -30,8 +33,10 @@ def main() -> None:
     """Rebuilds, checks, evaluates and saves a model."""
     workdir = Path(FLAGS.workdir)
     values = read_flags(workdir)
-    experiment = config.build(values)
-    state, done, same = config.rebuild(workdir, values, experiment, FLAGS.round)
+    with entry.user_errors():
+        config = Config.from_flat(values)
+        experiment = build(config)
+    state, done, same = rebuild(workdir, experiment, FLAGS.round, note=entry.note)
     metrics = experiment.simulator.evaluate(state.params)
     print(
         f"model after {done} rounds: " + ", ".join(f"test {k} {v:.4f}" for k, v in metrics.items())
@@ -47,7 +52,7 @@ def main() -> None:
     with open_run(workdir, values) as run:
         spent = recording.epsilon(run, experiment.simulator, done)
     if spent is not None:
-        print(f"privacy spent: epsilon {spent:.6g} at delta {values['dp_delta']:g}")
+        print(f"privacy spent: epsilon {spent:.6g} at delta {config.dp_delta:g}")
     if FLAGS.out:
         paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(state.params)
         arrays: dict[str, Any] = {

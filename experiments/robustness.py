@@ -20,7 +20,6 @@ import optax
 import tqdm
 from absl import flags
 
-from experiments import entry
 from zofl_jax import keys
 from zofl_jax.algorithms import decomfl, fedsgd
 from zofl_jax.conditions import aggregation, attacks
@@ -31,6 +30,8 @@ from zofl_jax.directions import estimators, perturbations
 from zofl_jax.engine import rounds
 from zofl_jax.models import mlp
 from zofl_jax.tasks import vision
+
+from . import entry
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "robustness.json"

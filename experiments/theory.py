@@ -26,7 +26,6 @@ from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import entry
 from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
 from zofl_jax.conditions import participation
@@ -34,6 +33,8 @@ from zofl_jax.core import Array, ServerState
 from zofl_jax.data import batches
 from zofl_jax.directions import estimators
 from zofl_jax.tasks.quadratic import Quadratic, quadratic
+
+from . import entry
 
 flags.DEFINE_string("out", "runs/theory", "Folder for the table and the figure.")
 flags.DEFINE_integer("seeds", 3, "Repetitions, of which the median is taken.", lower_bound=1)

@@ -10,15 +10,18 @@ process 0 alone does all that is not rounds; `experiments.launch_local` tries it
 """
 
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
-from experiments import config, distributed, entry, report, tuning, workdirs
+from zofl_jax.configuration.config import Config
+from zofl_jax.configuration.experiment import Experiment, at_learning_rate, build, resumed
 from zofl_jax.engine.processes import Team
 from zofl_jax.runs.directory import Run, open_run, read_flags
 from zofl_jax.tasks import objectives
-from zofl_jax.training import loop, observers
+from zofl_jax.training import described, loop, observers
+
+from . import distributed, entry, report, tuning
+from . import flags as settings
 
 flags.DEFINE_string(
     "workdir", None, "Run directory; a name made from the flags under runs/ unless given."
@@ -51,10 +54,11 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     """Runs the experiment that the flags describe."""
-    values = config.resolve()
+    config = settings.config()
+    flags_of_run = config.flat()
     if FLAGS.workdir:
-        values = config.resumed(values, Path(FLAGS.workdir).expanduser())
-    check_diagnose_every(values)
+        config, flags_of_run = resumed(config, Path(FLAGS.workdir).expanduser())
+    check_diagnose_every(config)
     if FLAGS.distributed:
         if FLAGS.auto_lr:
             raise entry.UserError(
@@ -62,30 +66,28 @@ def main() -> None:
                 "it as --learning_rate"
             )
         distributed.run(
-            {**values, "devices": FLAGS.devices},
-            lead=lambda team: _main(values, team),
-            simulator=lambda: config.build(values, FLAGS.devices).simulator,
+            {**flags_of_run, "devices": FLAGS.devices},
+            lead=lambda team: _main(config, team),
+            simulator=lambda: built(config).simulator,
         )
     else:
-        _main(values)
+        _main(config)
 
 
-def _main(values: dict[str, Any], team: Team | None = None) -> None:
-    workdir = Path(FLAGS.workdir or workdirs.of_run(values, FLAGS.auto_lr)).expanduser()
+def _main(config: Config, team: Team | None = None) -> None:
+    workdir = Path(FLAGS.workdir or described.workdir_of(config, FLAGS.auto_lr)).expanduser()
     # A new run is built before its directory is made, so that a mistake leaves nothing.
-    experiment = config.build(values, FLAGS.devices, team) if team or not workdir.exists() else None
+    experiment = built(config, team) if team or not workdir.exists() else None
     if FLAGS.auto_lr:
-        values, experiment = _at_probed_rate(values, experiment, workdir)
-    with open_run(workdir, values, workdirs.MAY_CHANGE) as run:
-        ended = finished(run, values, experiment)
+        config, experiment = _at_probed_rate(config, experiment, workdir)
+    config, flags_of_run = resumed(config, workdir)
+    with open_run(workdir, flags_of_run, described.MAY_CHANGE) as run:
+        with entry.user_errors():
+            ended = described.ended(run, config, experiment, FLAGS.devices)
         if ended:
             print(f"The run in {run.path} is complete; give more --rounds to go on.\n")
         outcome = ended or train(
-            run,
-            values,
-            experiment,
-            observers.ProgressBar(shown=FLAGS.progress),
-            rate_advice=_rate_advice(values),
+            run, config, experiment, observers.ProgressBar(shown=FLAGS.progress)
         )
         report.print_table(outcome.summary)
         if not ended:
@@ -94,106 +96,88 @@ def _main(values: dict[str, Any], team: Team | None = None) -> None:
         raise entry.UserError(outcome.failure)
 
 
-def finished(
-    run: Run, values: config.Values, experiment: config.Experiment | None = None
-) -> loop.Outcome | None:
-    """Returns how a run ended, None if there are rounds to do; see `loop.ended`.
-
-    Args:
-      run: the open run directory.
-      values: its flags.
-      experiment: built from them, if it is built already.
+def built(config: Config, team: Team | None = None) -> Experiment:
+    """Returns what a config describes, on --devices.
 
     Raises:
-      RunError: as `loop.ended`.
-      UserError: if its data and base model can't be read.
+      UserError: if it can't be built.
     """
-    build = experiment.inputs if experiment else lambda: config.inputs(values, FLAGS.devices)
-    return loop.ended(run, values["rounds"], build)
+    with entry.user_errors():
+        return build(config, FLAGS.devices, team)
 
 
 def train(
     run: Run,
-    values: config.Values,
-    experiment: config.Experiment | None,
+    config: Config,
+    experiment: Experiment | None,
     bar: observers.ProgressBar,
     *,
-    rate_advice: str = "",
     figures: bool = True,
 ) -> loop.Outcome:
-    """Runs the rounds that are missing, as the flags say; see `loop.go_on`.
+    """Runs the rounds that are missing, watched as the flags say.
 
     Args:
       run: the open run directory.
-      values: its flags.
+      config: its settings.
       experiment: built from them; None builds it.
-      bar: shows them.
-      rate_advice: what to type if the loss rises or the run diverges, the end of a sentence.
+      bar: shows the rounds.
       figures: whether to draw them; they take about a second.
 
     Raises:
       RunError, UserError: if the run can't be read or the experiment not be built, or if its data
         or base model have changed.
     """
-    experiment = experiment or config.build(values, FLAGS.devices)
-    title = f"{experiment.task.name}, {values['partition']} partition"
-    watching: list[observers.Observer] = [observers.DivergenceWarning(), bar]
-    if FLAGS.tensorboard:
-        watching.insert(0, observers.TensorBoard())
-    if FLAGS.diagnose_every:
-        watching.insert(0, observers.Diagnoses(FLAGS.diagnose_every, values["batch_size"]))
+    experiment = experiment or built(config)
+    watching: list[observers.Observer] = []
     if figures:
-        watching.insert(0, observers.Figures(experiment.label_counts, title))
-    return loop.go_on(
-        run,
-        experiment.simulator,
-        rounds=values["rounds"],
-        eval_every=values["eval_every"],
-        observers=watching,
-        inputs=experiment.inputs,
-        about=report.about(values, experiment),
-        advice=report.advice(values, rate_advice),
-        notices=experiment.notices,
-    )
+        watching.append(described.figures(config, experiment))
+    if FLAGS.diagnose_every:
+        watching.append(observers.Diagnoses(FLAGS.diagnose_every, config.batch_size))
+    if FLAGS.tensorboard:
+        watching.append(observers.TensorBoard())
+    watching += [observers.DivergenceWarning(), bar]
+    # A comparison tells what to do by its table.
+    advice = _rate_advice(config) if figures else ""
+    return described.go_on(run, config, experiment, watching, rate_advice=advice)
 
 
-def check_diagnose_every(values: config.Values) -> None:
+def check_diagnose_every(config: Config) -> None:
     """Checks --diagnose_every.
 
     Raises:
       UserError: if it doesn't fit the run.
     """
     every = FLAGS.diagnose_every
-    if every % values["eval_every"]:
+    if every % config.eval_every:
         raise entry.UserError(
-            f"--diagnose_every={every} must be a multiple of --eval_every={values['eval_every']}"
+            f"--diagnose_every={every} must be a multiple of --eval_every={config.eval_every}"
         )
-    if every and values["objective"] in objectives.WITHOUT_GRADIENT:
+    if every and config.objective in objectives.WITHOUT_GRADIENT:
         raise entry.UserError(
-            f"--diagnose_every needs a gradient, which --objective={values['objective']} lacks"
+            f"--diagnose_every needs a gradient, which --objective={config.objective} lacks"
         )
 
 
 def _at_probed_rate(
-    values: dict[str, Any], experiment: config.Experiment | None, workdir: Path
-) -> tuple[dict[str, Any], config.Experiment | None]:
-    """Returns flags and experiment at the rate that --auto_lr finds, or found for this run."""
+    config: Config, experiment: Experiment | None, workdir: Path
+) -> tuple[Config, Experiment | None]:
+    """Returns config and experiment at the rate that --auto_lr finds, or found for this run."""
     if (workdir / "flags.json").exists():
-        return {**values, "learning_rate": read_flags(workdir)["learning_rate"]}, experiment
-    experiment = experiment or config.build(values, FLAGS.devices)
-    report.note(
-        f"--auto_lr tries learning rates for {tuning.probe_rounds(values)} rounds each, from "
-        f"{values['learning_rate']:.3g} on"
+        return config.replace(learning_rate=read_flags(workdir)["learning_rate"]), experiment
+    experiment = experiment or built(config)
+    entry.note(
+        f"--auto_lr tries learning rates for {tuning.probe_rounds(config)} rounds each, from "
+        f"{config.learning_rate:.3g} on"
     )
-    probed = tuning.probe(values, experiment, FLAGS.devices)
-    report.note(probed.sentence)
-    values = {**values, "learning_rate": probed.learning_rate}
-    return values, config.at_learning_rate(experiment, values, FLAGS.devices)
+    probed = tuning.probe(config, experiment, FLAGS.devices)
+    entry.note(probed.sentence)
+    config = config.replace(learning_rate=probed.learning_rate)
+    return config, at_learning_rate(experiment, config, FLAGS.devices)
 
 
-def _rate_advice(values: config.Values) -> str:
+def _rate_advice(config: Config) -> str:
     """Returns what to type where a run diverges: the end of a sentence."""
-    found = f"type --learning_rate={values['learning_rate'] / 10:.3g} (a tenth)"
+    found = f"type --learning_rate={(config.learning_rate or 0) / 10:.3g} (a tenth)"
     if FLAGS.auto_lr:
         found += " in place of --auto_lr"
     elif not FLAGS.distributed:

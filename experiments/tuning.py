@@ -31,10 +31,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import config, methods
-from experiments.entry import UserError
+from zofl_jax.configuration.config import Config
+from zofl_jax.configuration.experiment import Experiment, at_learning_rate
 from zofl_jax.core import Params, Task
 from zofl_jax.engine import compilation, simulation
+
+from .entry import UserError
 
 MARGIN = 3.0
 FIRST_ORDER_MARGIN = 2.0
@@ -105,66 +107,59 @@ class Probe(NamedTuple):
         )
 
 
-def margin(values: config.Values) -> float:
+def margin(config: Config) -> float:
     """Returns m, how many times the rate of the run a trial has."""
-    return FIRST_ORDER_MARGIN if values["algorithm"] in methods.FIRST_ORDER else MARGIN
+    return FIRST_ORDER_MARGIN if config.method.order == 1 else MARGIN
 
 
-def probe_rounds(values: config.Values) -> int:
+def probe_rounds(config: Config) -> int:
     """Returns the rounds of a trial.
 
-    >>> flags = {"algorithm": "decomfl", "optimizer": "sgd", "momentum": 0.9, "local_steps": 1}
-    >>> probe_rounds({**flags, "rounds": 399})  # 399 / 3 and 2/3 of 9 steps
+    >>> probe_rounds(Config(momentum=0.9, local_steps=1, rounds=399))  # 399 / 3 and 2/3 of 9 steps
     139
     """
-    times = margin(values)
-    momentum = values["momentum"] if values["optimizer"] == "sgd" else 0.0
-    start = (1 - 1 / times) * momentum / (1 - momentum) / values["local_steps"]
-    return min(values["rounds"], max(LEAST_ROUNDS, math.ceil(values["rounds"] / times + start)))
+    times = margin(config)
+    momentum = config.momentum if config.optimizer == "sgd" else 0.0
+    start = (1 - 1 / times) * momentum / (1 - momentum) / config.local_steps
+    return min(config.rounds, max(LEAST_ROUNDS, math.ceil(config.rounds / times + start)))
 
 
-def probe(
-    values: config.Values, experiment: config.Experiment, devices: int | None = None
-) -> Probe:
+def probe(config: Config, experiment: Experiment, devices: int | None = None) -> Probe:
     """Returns the learning rate to take.
 
     Args:
-      values: the flags, with the learning rate that the search starts from.
+      config: the settings, with the learning rate that the search starts from.
       experiment: built from them.
-      devices: as for `config.build`.
+      devices: as for `configuration.experiment.build`.
 
     Raises:
       UserError: if the loss rises at every rate that is tried.
     """
 
     def at(rate: float) -> simulation.Simulator:
-        return config.at_learning_rate(
-            experiment, {**values, "learning_rate": rate}, devices
-        ).simulator
+        return at_learning_rate(experiment, config.replace(learning_rate=rate), devices).simulator
 
-    return probe_with(values, experiment.task, at)
+    return probe_with(config, experiment.task, at)
 
 
-def probe_with(
-    values: config.Values, task: Task, at: Callable[[float], simulation.Simulator]
-) -> Probe:
+def probe_with(config: Config, task: Task, at: Callable[[float], simulation.Simulator]) -> Probe:
     """Returns what `probe` does, from simulators at any learning rate.
 
     Args:
-      values: the flags, with the learning rate that the search starts from.
+      config: the settings, with the learning rate that the search starts from.
       task: that of the simulators.
       at: learning rate -> the run's simulator at that rate.
 
     Raises:
       UserError: if the loss rises at every rate that is tried.
     """
-    loss = _loss_on_a_batch(task, values["batch_size"])
-    times, rounds = margin(values), probe_rounds(values)
+    loss = _loss_on_a_batch(task, config.batch_size)
+    times, rounds = margin(config), probe_rounds(config)
 
     def attempt(rate: float) -> Trial:
         return _trial(at(times * rate), rate, rounds, loss)
 
-    chosen, trials = search(attempt, values["learning_rate"], SPENT * values["rounds"])
+    chosen, trials = search(attempt, float(config.learning_rate or 0), SPENT * config.rounds)
     return Probe(chosen, times, trials)
 
 

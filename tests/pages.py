@@ -263,9 +263,9 @@ def _answers(module: str, commands: list[list[str]], asked: list[str]) -> list[A
             if "parse_methods" in own:
                 own["parse_methods"](flags.FLAGS.method)
             elif "task" in flags.FLAGS:
-                from experiments import config
+                from experiments import flags as settings
 
-                config.resolve()
+                settings.config()
             return Answer(None, [flag for flag in asked if _takes(flags.FLAGS, flag)])
 
     def read_arguments(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:

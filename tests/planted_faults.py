@@ -43,6 +43,31 @@ class Fault(NamedTuple):
 
 
 FAULTS = (
+    # Settings.
+    Fault(
+        "tasks_before_methods",
+        "zofl_jax/configuration/resolve.py",
+        "**kind.defaults, **method.defaults, **given}",
+        "**method.defaults, **kind.defaults, **given}",
+        "What a method is by default gives way to the kind of task: FeedSign on texts has P = 5.",
+        ("resolve",),
+    ),
+    Fault(
+        "fixed_before_given",
+        "zofl_jax/configuration/resolve.py",
+        "    layers |= method.fixed\n",
+        "",
+        "What a method fixes is left at the defaults: MeZO on texts takes forward differences.",
+        ("resolve",),
+    ),
+    Fault(
+        "seeds_taken_for_numbers",
+        "zofl_jax/configuration/messages.py",
+        "    if not all(floating):\n        return Upload.SEEDS\n",
+        "",
+        "FedKSeed's pairs of seed and scalar pass for numbers, and a median of seeds is accepted.",
+        ("resolve",),
+    ),
     # Precision.
     Fault(
         "control_variates_of_half_precision",

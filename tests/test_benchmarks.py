@@ -20,7 +20,7 @@ from benchmarks import (
     speed,
     workloads,
 )
-from experiments import config, tuning
+from experiments import tuning
 from zofl_jax import keys
 from zofl_jax.engine import compilation
 
@@ -139,9 +139,11 @@ def accuracies(monkeypatch):
     by_rate = {}
     probe = tuning.Probe(0.09, 3.0, [tuning.Trial(0.09, [2.3, 1.0], 50)])
     monkeypatch.setattr(tuning, "probe_with", lambda *given: probe)
-    monkeypatch.setattr(config, "build", lambda *given: SimpleNamespace(task=None, simulator=None))
+    monkeypatch.setattr(
+        learning_rates, "build", lambda *given: SimpleNamespace(task=None, simulator=None)
+    )
     monkeypatch.setattr(learning_rates, "use_cache", lambda: None)
-    monkeypatch.setattr(learning_rates, "run", lambda values, at, rate: {"accuracy": by_rate[rate]})
+    monkeypatch.setattr(learning_rates, "run", lambda config, at, rate: {"accuracy": by_rate[rate]})
     return by_rate
 
 

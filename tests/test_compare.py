@@ -13,8 +13,11 @@ import pytest
 from absl.testing import flagsaver
 from commands import TIMEOUT_SECONDS, Commands
 
-from experiments import compare, comparison, methods
+from experiments import compare, comparison
 from experiments.entry import UserError
+from zofl_jax.algorithms import METHODS
+from zofl_jax.configuration import choices
+from zofl_jax.configuration.config import everything
 
 FLAGFILES = Path(compare.__file__).parent / "flagfiles"
 FIRST = [
@@ -226,30 +229,30 @@ def test_flag_files_can_be_read_and_say_what_they_do(name):
     text = path.read_text()
     assert f"python -m experiments.compare --flagfile=experiments/flagfiles/{path.name}" in text
     assert "Takes about" in text
-    assert all(method.values["rounds"] >= method.values["eval_every"] for method in found)
+    assert all(method.config.rounds >= method.config.eval_every for method in found)
 
 
 def test_the_digits_compare_every_method():
-    values = [method.values for method in parsed(flagfile=FLAGFILES / "compare_digits.flags")]
+    values = [method.config for method in parsed(flagfile=FLAGFILES / "compare_digits.flags")]
 
     def chosen(flag):
-        return {each[flag] for each in values}
+        return {each.get(flag) for each in values}
 
-    assert chosen("algorithm") == set(methods.ALGORITHMS)
-    assert chosen("compression") >= set(methods.CODECS) - {"int4"}
+    assert chosen("algorithm") == set(METHODS)
+    assert chosen("compression") >= set(choices.CODECS) - {"int4"}
     assert chosen("mask") == {"none", "random", "magnitude", "sensitivity"}
     assert chosen("optimizer") == {"sgd", "adam"}
-    assert any(each["feedsign_epsilon"] for each in values)
+    assert any(each.get("feedsign_epsilon") for each in values)
 
 
 def test_the_demo_sets_fedavg_beside_decomfl_at_rates_and_local_steps_of_its_own():
-    decomfl, *others = (method.values for method in parsed(flagfile=FLAGFILES / "demo.flags"))
-    assert decomfl["algorithm"] == "decomfl" and {v["algorithm"] for v in others} == {"fedavg"}
-    assert {v["local_steps"] for v in others} > {decomfl["local_steps"]}
-    assert decomfl["learning_rate"] not in {v["learning_rate"] for v in others}
+    decomfl, *others = (method.config for method in parsed(flagfile=FLAGFILES / "demo.flags"))
+    assert decomfl.algorithm == "decomfl" and {v.algorithm for v in others} == {"fedavg"}
+    assert {v.local_steps for v in others} > {decomfl.local_steps}
+    assert decomfl.learning_rate not in {v.learning_rate for v in others}
     shared = ("model", "num_clients", "clients_per_round", "batch_size", "partition")
     for values in others:
-        assert [values[name] for name in shared] == [decomfl[name] for name in shared]
+        assert [values.get(name) for name in shared] == [decomfl.get(name) for name in shared]
 
 
 def test_the_figure_of_what_was_exchanged_leaves_out_the_first_model_in_one_panel():
@@ -283,9 +286,9 @@ def test_the_figure_of_what_was_exchanged_leaves_out_the_first_model_in_one_pane
 def test_methods_have_flags_of_their_own_and_share_the_rest():
     plain, few = parsed("decomfl", "few --algorithm=decomfl --num_perturbations=3 --momentum=0.5")
     assert (plain.name, few.name) == ("decomfl", "few")
-    changed = {name for name in plain.values if plain.values[name] != few.values[name]}
+    changed = {name for name in everything() if plain.config.get(name) != few.config.get(name)}
     assert changed == {"num_perturbations", "momentum", "learning_rate"}  # whose default follows
-    assert (few.values["num_perturbations"], few.values["momentum"]) == (3, 0.5)
+    assert (few.config.num_perturbations, few.config.momentum) == (3, 0.5)
 
 
 def test_what_all_methods_are_given_may_be_without_effect_on_some(tmp_path):
@@ -294,7 +297,7 @@ def test_what_all_methods_are_given_may_be_without_effect_on_some(tmp_path):
     flags += ["--method=projection --algorithm=decomfl --estimator=projection"]
     (tmp_path / "some.flags").write_text("\n".join(flags))
     found = parsed(flagfile=tmp_path / "some.flags")
-    assert {method.values["num_perturbations"] for method in found} == {4}
+    assert {method.config.num_perturbations for method in found} == {4}
     for line in ("fedavg --smoothing=0.1", "decomfl --estimator=projection --smoothing=0.1"):
         with pytest.raises(UserError, match="--smoothing has no effect"):
             parsed(line)
@@ -306,7 +309,7 @@ def test_what_all_methods_are_given_may_be_without_effect_on_some(tmp_path):
         ([], "no method to compare: give --method=NAME"),
         (["nonsense"], "'nonsense': .*should be one of"),
         (["decomfl --num_perturbation=3"], "Unknown command line flag 'num_perturbation'"),
-        (["decomfl --num_perturbations=0"], "0 is not a positive integer"),
+        (["decomfl --num_perturbations=0"], "--num_perturbations must be >= 1, got 0"),
         (["decomfl --seed=1"], "--seed is no flag of a single method"),
         (["decomfl --workdir=a"], "--workdir is no flag of a single method"),
         (["decomfl 3"], "3 is no flag of a single method"),

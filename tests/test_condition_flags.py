@@ -8,31 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import flagsaver
+from flag_lines import build, resolve
 
-from experiments import conditions, config, methods, report
 from experiments.entry import UserError
 from zofl_jax.conditions import accounting
+from zofl_jax.configuration import choices, wrapping
+from zofl_jax.configuration.phases import build_phases
 from zofl_jax.engine import ledger, simulation
-from zofl_jax.training import summaries
+from zofl_jax.training import described, summaries
 
 SMALL = ("--num_clients=6", "--clients_per_round=5", "--batch_size=8", "--perturbation=rademacher")
 
 
-def resolve(*arguments):
-    with flagsaver.flagsaver():
-        config.FLAGS(["train", *arguments])
-        return config.resolve()
-
-
 def ran(*arguments, rounds=3):
-    simulator = config.build(resolve(*SMALL, *arguments)).simulator
+    simulator = build(*SMALL, *arguments).simulator
     return simulator, simulation.run(simulator, rounds=rounds)
 
 
 @functools.cache
 def plain() -> simulation.Simulator:
-    return config.build(resolve()).simulator
+    return build().simulator
 
 
 def test_by_default_nothing_goes_wrong():
@@ -44,10 +39,10 @@ def test_by_default_nothing_goes_wrong():
     assert not simulator.phases[0].algorithm.late_uploads
 
 
-@pytest.mark.parametrize("attack", conditions.ATTACKS[1:])
+@pytest.mark.parametrize("attack", choices.ATTACKS[1:])
 def test_every_attack_has_its_malicious_clients(attack):
-    values = resolve(f"--attack={attack}", "--malicious_share=0.3")
-    adversary = conditions.build(values, plain().task, plain().root).adversary
+    config = resolve(f"--attack={attack}", "--malicious_share=0.3")
+    adversary = wrapping.build(config, plain().task, plain().root).adversary
     assert int(adversary.malicious.sum()) == 6
     assert (adversary.attack is None) == (attack == "label_flip")
     assert (adversary.data_attack is None) != (attack == "label_flip")
@@ -56,19 +51,19 @@ def test_every_attack_has_its_malicious_clients(attack):
 @pytest.mark.parametrize("algorithm", ["decomfl", "fedsgd"])
 def test_every_rule_is_that_of_the_algorithm(algorithm):
     """Three uploads that agree are the broadcast of every rule but the majority's sign."""
-    broadcast = config.build(resolve(f"--algorithm={algorithm}")).simulator.broadcasts[0]
+    broadcast = build(f"--algorithm={algorithm}").simulator.broadcasts[0]
     one = jax.tree.map(lambda b: 1e-3 * np.ones((3, *b.shape), b.dtype), broadcast)
-    for aggregator in conditions.AGGREGATORS:
-        values = resolve(f"--aggregator={aggregator}", f"--algorithm={algorithm}")
-        (phase,) = methods.build_phases(values, plain().task)
+    for aggregator in choices.AGGREGATORS:
+        config = resolve(f"--aggregator={aggregator}", f"--algorithm={algorithm}")
+        (phase,) = build_phases(config, plain().task)
         value = 1.0 if aggregator == "majority_sign" else 1e-3
         for leaf in jax.tree.leaves(jax.jit(phase.algorithm.aggregate)(one, np.ones(3))):
             np.testing.assert_allclose(leaf, value, rtol=1e-5)
 
 
 def test_scaffold_counts_who_is_heard_under_any_rule():
-    values = resolve("--algorithm=scaffold", "--aggregator=median")
-    (phase,) = methods.build_phases(values, plain().task)
+    config = resolve("--algorithm=scaffold", "--aggregator=median")
+    (phase,) = build_phases(config, plain().task)
     uploads = {"params": jnp.ones((4, 2)), "control": jnp.ones((4, 2))}
     broadcast = phase.algorithm.aggregate(uploads, jnp.array([1.0, 1.0, 0.0, 1.0]))
     np.testing.assert_allclose(broadcast["params"], 1)
@@ -117,8 +112,8 @@ def test_private_examples():
 
 
 def test_the_private_bits_of_feedsign_are_accounted_for():
-    values = resolve("--algorithm=feedsign", "--feedsign_epsilon=0.5", "--num_perturbations=2")
-    spent = config.build(values).simulator.epsilon
+    arguments = ("--algorithm=feedsign", "--feedsign_epsilon=0.5", "--num_perturbations=2")
+    spent = build(*arguments).simulator.epsilon
     book = ledger.Ledger(20)
     sizes = plain().sizes[0]
     for cohort in ([0, 1], [1, 2], [1, 5]):
@@ -127,7 +122,7 @@ def test_the_private_bits_of_feedsign_are_accounted_for():
 
 
 def test_clients_that_come_and_go():
-    values = resolve(
+    arguments = (
         *SMALL,
         "--dropout=0.1",
         "--deadline=1.2",
@@ -136,14 +131,15 @@ def test_clients_that_come_and_go():
         "--join_by=3",
         "--availability=4:0.75",
     )
-    experiment = config.build(values)
+    config = resolve(*arguments)
+    experiment = build(*arguments)
     simulator = experiment.simulator
     progress = simulation.run(simulator, rounds=3)
     found = simulator.attendance(np.arange(3))
     assert found.there.sum() > found.in_time.sum()
     assert progress.ledger.totals.upload == found.uploaded.sum() * simulator.sizes[0].upload
     # Clients that are not there compute nothing; those whose upload is lost or late do.
-    summary = summaries.summarise(simulator, progress, report.about(values, experiment))
+    summary = summaries.summarise(simulator, progress, described.about(config, experiment))
     assert found.there.sum() < found.there.size
     expected = int(found.there.sum()) * simulator.phases[0].algorithm.passes.forward
     assert summary["forward_passes"] == summary["history"][-1]["forward_passes"] == expected
@@ -153,7 +149,7 @@ def test_an_availability_trace_from_a_file(tmp_path):
     trace = np.zeros((2, 6), bool)
     trace[0, :2] = trace[1, 3:] = True
     np.save(tmp_path / "trace.npy", trace)
-    simulator = config.build(resolve(*SMALL, f"--availability={tmp_path / 'trace.npy'}")).simulator
+    simulator = build(*SMALL, f"--availability={tmp_path / 'trace.npy'}").simulator
     assert simulator.attendance(np.arange(2)).there.sum(axis=1).tolist() == [2, 3]
 
 
@@ -215,4 +211,4 @@ def test_an_availability_trace_from_a_file(tmp_path):
 )
 def test_flags_that_make_no_sense_are_refused(arguments, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
-        config.build(resolve(*arguments))
+        build(*arguments)

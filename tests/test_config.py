@@ -10,65 +10,57 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
-from absl.testing import flagsaver
+from flag_lines import build, resolve
 from tiny_tasks import BATCH_SIZE, softmax_task
 
-from experiments import config, language, methods, schedules
+import experiments
+from experiments import flags as settings
 from experiments.entry import UserError
-from experiments.schedules import Change
 from zofl_jax import keys
-from zofl_jax.core import Phase, Task
+from zofl_jax.configuration import experiment as experiments_of
+from zofl_jax.configuration import schedules, texts
+from zofl_jax.configuration.config import Config, everything
+from zofl_jax.configuration.phases import build_phases
+from zofl_jax.configuration.schedules import Change
+from zofl_jax.core import ClientData, Phase, Task
 from zofl_jax.data.text import TextData
 from zofl_jax.directions import estimators, perturbations
 from zofl_jax.engine import compilation
 from zofl_jax.engine.simulation import phase_at
 
-FOLDER = Path(config.__file__).parent / "flagfiles"
+FOLDER = Path(experiments.__file__).parent / "flagfiles"
 COMPARISONS = {f for f in FOLDER.glob("*.flags") if "\n--method=" in f.read_text()}
 FLAGFILES = sorted(set(FOLDER.glob("*.flags")) - COMPARISONS)
 DIM = 7  # odd, so that no Rademacher direction is orthogonal to the diagonal
-
-
-def resolve(*arguments):
-    with flagsaver.flagsaver():
-        config.FLAGS(["train", *arguments])
-        return config.resolve()
-
-
-def build(*arguments):
-    return config.build(resolve(*arguments))
 
 
 # Flags.
 
 
 def test_defaults_are_a_run_on_digits():
-    values = resolve()
-    assert tuple(values) == config.NAMES
-    chosen = {name: values[name] for name in ("task", "model", "algorithm", "estimator")}
+    config = resolve()
+    assert tuple(config.flat()) == tuple(everything())
+    chosen = {name: config.get(name) for name in ("task", "model", "algorithm", "estimator")}
     assert chosen == {
         "task": "digits",
         "model": "softmax",
         "algorithm": "decomfl",
         "estimator": "central",
     }
-    assert json.loads(json.dumps(values)) == values
+    assert Config.from_flat(json.loads(json.dumps(config.flat()))) == config
 
 
 def test_every_flag_of_the_run_is_kept_in_its_directory():
-    # A flag that is missing in NAMES could change between a run and its resumption.
-    flags_of = config.FLAGS.flags_by_module_dict()
-    files = ("config", "methods", "conditions", "language")
-    modules = [f"experiments.{file}" for file in files]
-    run_flags = [flag for module in modules for flag in flags_of[module]]
-    assert {flag.name for flag in run_flags} == set(config.NAMES)
+    # A flag that is not kept could change between a run and its resumption.
+    run_flags = settings.FLAGS.flags_by_module_dict()[settings.__name__]
+    assert {flag.name for flag in run_flags} == set(everything()) == set(resolve().flat())
     assert all(flag.help for flag in run_flags)
 
 
 @pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)
 def test_flag_files_can_be_read_and_say_what_they_do(path):
-    values = resolve(f"--flagfile={path}")
-    assert values["rounds"] >= values["eval_every"]
+    config = resolve(f"--flagfile={path}")
+    assert config.rounds >= config.eval_every
     text = path.read_text()
     assert f"python -m experiments.train --flagfile=experiments/flagfiles/{path.name}" in text
     header = " ".join(line for line in text.splitlines() if line.startswith("#"))
@@ -76,39 +68,50 @@ def test_flag_files_can_be_read_and_say_what_they_do(path):
 
 
 def test_the_quadratic_has_one_example_a_client_unless_asked_for_more():
-    values = resolve("--task=quadratic")
-    assert (values["model"], values["batch_size"]) == ("quadratic", 1)
-    assert resolve("--task=quadratic", "--batch_size=32")["batch_size"] == 32
+    config = resolve("--task=quadratic")
+    assert (config.model, config.batch_size) == ("quadratic", 1)
+    assert resolve("--task=quadratic", "--batch_size=32").batch_size == 32
 
 
 def test_convolutional_models_take_a_client_at_a_time():
-    assert resolve("--model=mnist_cnn")["clients_at_once"] == 1
-    assert resolve("--model=mnist_cnn", "--clients_at_once=4")["clients_at_once"] == 4
-    assert resolve("--model=mlp")["clients_at_once"] == 0
+    assert resolve("--model=mnist_cnn").clients_at_once == 1
+    assert resolve("--model=mnist_cnn", "--clients_at_once=4").clients_at_once == 4
+    assert resolve("--model=mlp").clients_at_once == 0
 
 
 def test_runs_from_before_bos_was_a_flag_go_on_with_it_before_every_text(tmp_path):
     recorded = tmp_path / "flags.json"
     texts = ("--task=text", "--data_dir=x.tsv", "--model=hf:x", "--verbalizers=0=bad,1=good")
-    assert resolve()["bos"] is None
-    values = resolve(*texts)
-    assert values["bos"] == config.resumed(values, tmp_path)["bos"] == "auto"
+    resumed = experiments_of.resumed
+    assert resolve().bos is None
+    config = resolve(*texts)
+    assert resumed(config, tmp_path) == (config, config.flat())
+    assert config.bos == "auto"
     for old, bos in [({}, None), ({"bos": "auto"}, "auto"), ({"bos": "always"}, "auto")]:
-        recorded.write_text(json.dumps(old))
-        assert config.resumed(values, tmp_path) == values | {"bos": bos}
+        recorded.write_text(json.dumps(config.flat() | {"bos": None} | old))
+        later = config.replace(bos=bos)
+        assert resumed(config, tmp_path) == (later, later.flat())
     recorded.write_text("{}")
-    with flagsaver.flagsaver():
-        config.FLAGS(["train", *texts, "--bos=auto"])
-        assert config.resumed(config.resolve(), tmp_path)["bos"] == "auto"  # open_run refuses it
+    assert resumed(resolve(*texts, "--bos=auto"), tmp_path)[0].bos == "auto"  # open_run refuses it
+
+
+def test_runs_go_on_when_another_method_has_got_a_setting(tmp_path):
+    config = resolve()
+    recorded = {n: v for n, v in config.flat().items() if n not in ("hiso_nu", "pool_size")}
+    (tmp_path / "flags.json").write_text(json.dumps(recorded))
+    assert experiments_of.resumed(config, tmp_path) == (config, recorded)
+    hiso = resolve("--algorithm=hiso")
+    found = experiments_of.resumed(hiso, tmp_path)[1]
+    assert "hiso_nu" in found and "pool_size" not in found
 
 
 def test_texts_take_as_many_clients_at_a_time_as_memory_holds(monkeypatch):
     root, task = keys.root(0), softmax_task()
-    values = resolve("--clients_per_round=5", f"--batch_size={BATCH_SIZE}")
+    config = resolve("--clients_per_round=5", f"--batch_size={BATCH_SIZE}")
 
     def chosen(available, **changes):
         monkeypatch.setattr(compilation, "memory_available", lambda: available)
-        return config._clients_at_once(values | changes, task, root)
+        return experiments_of._clients_at_once(config.replace(**changes), task, root)
 
     assert chosen(2**30) == 0  # all of them
     assert chosen(1) == 1
@@ -285,8 +288,9 @@ def bowl(params, batch):
 
 
 def phases_of(*arguments) -> list[Phase]:
-    task = Task("bowl", lambda key: {"x": jnp.zeros(DIM)}, bowl, lambda x, b: {}, None, None)
-    return methods.build_phases(resolve("--task=quadratic", *arguments), task)
+    clients = ClientData((), np.arange(20), np.arange(21))
+    task = Task("bowl", lambda key: {"x": jnp.zeros(DIM)}, bowl, lambda x, b: {}, clients, None)
+    return build_phases(resolve("--task=quadratic", *arguments), task)
 
 
 @jax.jit
@@ -495,11 +499,11 @@ def test_missing_owners_of_images_and_texts(tmp_path):
         )
     rows = [{"who": who} for who in ("b", None, 3, " b", "")]
     data = TextData(rows, rows, "x")
-    values = {"partition": "natural", "client_column": "who", "missing_owner": "own"}
-    kept_data, ids = language._owned(values, data)
+    config = Config(partition="natural", client_column="who", missing_owner="own")
+    kept_data, ids = texts._owned(config, data)
     assert kept_data == data and ids.tolist() == [1, 2, 0, 1, 3]
-    kept_data, ids = language._owned({**values, "missing_owner": "drop"}, data)
+    kept_data, ids = texts._owned(config.replace(missing_owner="drop"), data)
     assert kept_data.train == [rows[0], rows[2], rows[3]] and ids.tolist() == [1, 0, 1]
     assert kept_data.test == rows
     with pytest.raises(ValueError, match=r"^x, train, row 1 names no owner, as 2 of 5"):
-        language._owned({"partition": "natural", "client_column": "who"}, data)  # of old runs
+        texts._owned(config.replace(missing_owner=None), data)  # of old runs

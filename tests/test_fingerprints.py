@@ -7,10 +7,10 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import flagsaver
+from flag_lines import resolve
 
-from experiments import config
 from experiments.entry import UserError
+from zofl_jax.configuration import experiment
 from zofl_jax.runs import fingerprints
 from zofl_jax.runs.directory import RunError, open_run
 
@@ -102,11 +102,9 @@ def write_table(path, rows, header=HEADER):
 
 def inputs(*arguments):
     """Returns what the run of these flags would be known by, as a new process finds it."""
-    config._inputs.cache_clear()
-    config._dataset.cache_clear()
-    with flagsaver.flagsaver():
-        config.FLAGS(["train", *arguments])
-        return config.inputs(config.resolve())
+    experiment._inputs.cache_clear()
+    experiment._images.cache_clear()
+    return experiment.inputs(resolve(*arguments))
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,11 @@ import jax
 import numpy as np
 import pytest
 import tiny_texts
-from absl.testing import flagsaver
 from commands import TIMEOUT_SECONDS, Commands, num_logged, stray_lines, summary_of
+from flag_lines import resolve
 
-from experiments import config
-from experiments.language import load_model
 from zofl_jax import keys
+from zofl_jax.configuration.texts import load_model
 from zofl_jax.models import transformer, weights
 
 SHARED = [
@@ -181,21 +180,17 @@ def test_a_trained_part_and_half_precision(commands):
 
 
 def test_the_dtype_of_products_is_the_models(commands):
-    with flagsaver.flagsaver():
-        config.FLAGS(["train", *SHARED, f"--model=hf:{commands.folder / 'model'}"])
-        values = config.resolve()
-    assert load_model(values, keys.root(0)).config.matmul_dtype is None
-    values["matmul_dtype"] = "bfloat16"
-    assert load_model(values, keys.root(0)).config.matmul_dtype == "bfloat16"
+    run = resolve(*SHARED, f"--model=hf:{commands.folder / 'model'}")
+    assert load_model(run, keys.root(0)).config.matmul_dtype is None
+    run = run.replace(matmul_dtype="bfloat16")
+    assert load_model(run, keys.root(0)).config.matmul_dtype == "bfloat16"
 
 
 def test_bos_stands_where_the_run_says(commands):
-    with flagsaver.flagsaver():
-        config.FLAGS(["train", *SHARED, f"--model=hf:{commands.folder / 'model'}"])
-        values = config.resolve()
+    run = resolve(*SHARED, f"--model=hf:{commands.folder / 'model'}")
 
     def first(bos):
-        return load_model(values | {"bos": bos}, keys.root(0)).tokenizer.prefix
+        return load_model(run.replace(bos=bos), keys.root(0)).tokenizer.prefix
 
     assert first("auto") == first("always") == first(None) == (0,)
     assert first("never") == ()
@@ -229,8 +224,9 @@ def test_a_run_from_before_bos_was_a_flag_goes_on(trained, commands):
 REFUSED = {
     "--model=softmax": "--model=softmax is no language model: use gguf:FILE or hf:FOLDER_OR_NAME",
     "--model=hf:nowhere": "nowhere",
-    "--template={words} It was": "names the column 'words', which train_and_test, train lacks; it "
-    "has sentence, mood",
+    "--text_column=words": "names the column 'words', which train_and_test, train lacks; it has "
+    "sentence, mood",
+    "--template={sentence} It was": "--text_column has no effect with a --template",
     "--verbalizers=negative=bad,positive=marvellous": "' marvellous' is not one token but",
     "--verbalizers=bad": "must be two or more LABEL=WORD",
     "--label_column=feeling": "has no label column 'feeling'",
@@ -242,14 +238,18 @@ REFUSED = {
     "--partition=natural": "--partition=natural needs --client_column",
     "--data_dir=typo.tsv": "error: typo.tsv, line 8 has mood='",
     "--data_dir=owners.tsv --partition=natural --client_column=who": "error: owners.tsv, line 9",
-    "--missing_owner=drop": "--missing_owner=drop has no effect with --partition=iid",
+    "--missing_owner=drop": "--missing_owner has no effect with --partition=iid",
     "--partition=natural --client_column=who": "--client_column=who is missing in 72 rows",
+    "--partition=natural --client_column=mood --num_clients=3": "--num_clients has no effect with",
 }
 
 
 def test_what_does_not_fit_is_one_sentence(commands):
     several = [[*SHARED, "--model=hf:model", *change.split(" -")] for change in REFUSED]
     several = [[a if a.startswith("--") else f"-{a}" for a in flags] for flags in several]
+    for flags in several:
+        if "--partition=natural" in flags:
+            flags.remove("--num_clients=4")
     for flags, (change, message) in zip(several, REFUSED.items(), strict=True):
         ended = commands.in_turn("train", *flags)
         assert ended.code == 1, change

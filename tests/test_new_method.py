@@ -2,7 +2,11 @@
 
 import ast
 import inspect
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +52,41 @@ def test_the_guides_run_descends(names):
 def test_it_keeps_the_contract(names, check, request):
     fixtures = [name for name in inspect.signature(check).parameters if name != "name"]
     check(NAME, **{name: request.getfixturevalue(name) for name in fixtures})
+
+
+def test_it_trains_by_name_after_one_file_and_one_row(tmp_path):
+    """The guide's method in a copy of the library: its file, and the row of `algorithms`."""
+    root = GUIDE.parent.parent
+    for package in ("zofl_jax", "experiments"):
+        shutil.copytree(root / package, tmp_path / package)
+    algorithms = tmp_path / "zofl_jax" / "algorithms"
+    declared = next(block for block in BLOCKS if "METHOD = Method(" in block)
+    (algorithms / "ranked.py").write_text(f"{BLOCKS[0]}\n\n{declared}")
+    row = re.search(r"^    (from zofl_jax.algorithms.ranked import .*)$", GUIDE.read_text(), re.M)[
+        1
+    ]
+    table = (algorithms / "__init__.py").read_text()
+    table = table.replace("_ROWS = (\n", f"{row}\n\n_ROWS = (\n    RANKED,\n")
+    (algorithms / "__init__.py").write_text(table)
+
+    def said(*arguments):
+        ended = subprocess.run(
+            [sys.executable, "-m", "experiments.train", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return ended.returncode, ended.stdout + ended.stderr
+
+    code, text = said("--help")
+    assert code == 0 and "Of ranked alone" in text and "--sigma (default: 0.1)" in text
+    train = ("--algorithm=ranked", "--rounds=4", "--eval_every=4", "--workdir=run")
+    code, text = said(*train, "--sigma=0.2", "--noprogress")
+    assert code == 0 and "ranked on digits" in text, text
+    code, text = said("--algorithm=ranked", "--compression=int8")
+    assert code == 1 and "whose uploads are bits" in text
 
 
 def test_the_contract_is_whole():

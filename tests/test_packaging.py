@@ -28,7 +28,7 @@ FOR = {  # what an extra is for: folders whose imports it serves
     "language": ("zofl_jax",),
     "tfds": ("zofl_jax",),
     "privacy": ("zofl_jax",),
-    "tensorboard": ("experiments",),
+    "tensorboard": ("zofl_jax",),
     "test": ("tests", "zofl_jax", "experiments"),
     "check": ("tests",),
     "docs": ("docs",),
@@ -137,6 +137,23 @@ def test_tests_have_what_their_extra_promises():
 def test_type_checkers_read_the_annotations():
     assert (ROOT / "zofl_jax" / "py.typed").exists()
     assert "py.typed" in setup()["options.package_data"]["zofl_jax"].split()
+
+
+def test_a_wheel_holds_every_package_and_the_commands_under_one_name():
+    listed = set(setup()["options"]["packages"].split())
+    rooms = {path.parent for path in (ROOT / "zofl_jax").rglob("__init__.py")}
+    named = {".".join(path.relative_to(ROOT).parts) for path in rooms}
+    assert listed == named | {"zofl_jax.experiments"}
+    assert setup()["options"]["package_dir"].split() == ["zofl_jax.experiments", "=", "experiments"]
+    kept = setup()["options.package_data"]["zofl_jax.experiments"].split()
+    assert kept == ["flagfiles/*.flags"]
+    # Installed, the folder has another name: what imports its neighbours says so relatively.
+    for path in (ROOT / "experiments").glob("*.py"):
+        assert "experiments" not in {
+            node.module.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module
+        }, path
 
 
 def test_every_folder_of_modules_is_a_package():

@@ -5,10 +5,12 @@ import math
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
+from flag_lines import build, resolve
 
-from experiments import config, methods, rates
-from experiments.rates import Curvature
+from zofl_jax.algorithms import METHODS
+from zofl_jax.configuration import rates
+from zofl_jax.configuration.config import Config
+from zofl_jax.models.images import MODELS, Curvature
 
 FLAGS = {
     "task": "digits",
@@ -21,13 +23,7 @@ FLAGS = {
 
 
 def default(**changes):
-    return rates.default({**FLAGS, **changes})
-
-
-def resolve(*arguments):
-    with flagsaver.flagsaver():
-        config.FLAGS(["train", *arguments])
-        return config.resolve()
+    return rates.default(Config(**{**FLAGS, **changes}))
 
 
 def test_the_edge_is_where_a_gaussian_step_no_longer_lowers_the_loss_on_average():
@@ -68,17 +64,17 @@ def test_the_rate_follows_directions_momentum_and_optimiser():
 
 
 def test_a_rate_that_is_given_is_kept_and_others_suit_the_task():
-    assert resolve("--learning_rate=0.5", "--model=mlp")["learning_rate"] == 0.5
-    assert resolve("--model=mlp")["learning_rate"] == default(model="mlp")
+    assert resolve("--learning_rate=0.5", "--model=mlp").learning_rate == 0.5
+    assert resolve("--model=mlp").learning_rate == default(model="mlp")
     texts = resolve("--task=reviews", "--model=gguf:model.gguf")
-    assert texts["learning_rate"] == 1e-4  # at P = 5, without momentum
-    assert resolve("--task=quadratic", "--effective_rank=5")["learning_rate"] == 0.046
+    assert texts.learning_rate == 1e-4  # at P = 5, without momentum
+    assert resolve("--task=quadratic", "--effective_rank=5").learning_rate == 0.046
 
 
 def test_every_model_and_algorithm_has_a_rate():
     for task in ("digits", "idx", "npz", "tfds:mnist"):
-        for model in config.MODELS:
-            for algorithm in methods.ALGORITHMS:
+        for model in MODELS:
+            for algorithm in METHODS:
                 assert 0 < default(task=task, model=model, algorithm=algorithm) < 1
 
 
@@ -98,11 +94,11 @@ DEMO = ["--task=digits", "--rounds=60", "--local_steps=1"]
 )
 def test_the_demo_with_one_change_trains(change):
     fixed = change[0].startswith("--algorithm")  # feedsign's own P is 1, fedavg has none
-    values = resolve(*DEMO, *change, *([] if fixed else ["--num_perturbations=5"]))
-    simulator = config.build(values).simulator
+    arguments = (*DEMO, *change, *([] if fixed else ["--num_perturbations=5"]))
+    simulator = build(*arguments).simulator
     progress = simulator.start(None)
     before = simulator.evaluate(progress.state.params)["loss"]
-    state, _, trace = simulator.advance(progress.state, progress.memory, values["rounds"])
+    state, _, trace = simulator.advance(progress.state, progress.memory, resolve(*arguments).rounds)
     assert trace.failed_loss is None
     loss = simulator.evaluate(jax.tree.map(np.asarray, state.params))["loss"]
     assert loss < before - 0.02

@@ -421,7 +421,7 @@ KILLED_AT_EVERY_STEP = textwrap.dedent("""
     from zofl_jax.runs import directory
 
     def row(r):
-        return runs.RoundRow(r, b"8 bytes!", bytes([r] * 20), 0.5, 1, 2, 3, 4, 5)
+        return directory.RoundRow(r, b"8 bytes!", bytes([r] * 20), 0.5, 1, 2, 3, 4, 5)
 
     def work(path, damage):
         flags = {"seed": 1, "rounds": len(path)}
@@ -500,7 +500,7 @@ ENDLESS = textwrap.dedent("""
 
     run = directory.open_run(sys.argv[1], {})
     for r in itertools.count(run.log.last_round + 1):
-        run.log.append([runs.RoundRow(r, b"8 bytes!", b"x" * 20, 0.5, 1, 2, 3, 4, 5)])
+        run.log.append([directory.RoundRow(r, b"8 bytes!", b"x" * 20, 0.5, 1, 2, 3, 4, 5)])
         print(r, flush=True)
 """)
 

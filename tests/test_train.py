@@ -325,9 +325,10 @@ def test_mistakes_end_with_one_sentence_and_leave_nothing(copied, commands):
 def test_mistakes_in_a_command_by_itself(commands):
     ended = commands.train("--num_clients=0", "--workdir=new")
     assert ended.code == 1 and ended.out == ""
-    assert ended.err.startswith(
-        "FATAL Flags parsing error: flag --num_clients=0: 0 is not a positive integer\n"
-    )
+    assert ended.err == "error: --num_clients must be >= 1, got 0\n"
+    ended = commands.train("--num_clients=many", "--workdir=new")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith("FATAL Flags parsing error: flag --num_clients=many: ")
     assert "Traceback" not in ended.err
     ended = commands.in_turn("replay", "--workdir=nowhere")
     assert (ended.code, ended.out) == (1, "")

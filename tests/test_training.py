@@ -16,8 +16,8 @@ from absl.testing import flagsaver
 from tiny_tasks import BATCH_SIZE, softmax_task
 
 import zofl_jax as zofl
-from experiments import schedules
 from experiments import train as command
+from zofl_jax.configuration import schedules
 from zofl_jax.directions import estimators
 from zofl_jax.engine import simulation
 from zofl_jax.runs.directory import RunError, open_run, read_flags
@@ -39,13 +39,12 @@ def unbounded_loss(params, batch):
     return own_loss(params, batch) + jnp.sum(params["bias"] ** 2)
 
 
-def make_simulator(rate=0.1, loss=own_loss, seed=0, cohort=3, task=None):
+def make_simulator(rate=0.1, loss=own_loss, seed=0, cohort=3, task=None, **more):
     task = (task or softmax_task())._replace(loss=loss)
     estimator = estimators.central_difference(2, 1e-2)
     method = zofl.algorithms.decomfl(loss, estimator, optax.sgd(rate, momentum=0.9), local_steps=2)
-    return zofl.make_simulator(
-        method, task, clients_per_round=cohort, batch_size=BATCH_SIZE, seed=seed
-    )
+    sizes = {"clients_per_round": cohort, "batch_size": BATCH_SIZE} | more
+    return zofl.make_simulator(method, task, seed=seed, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +242,8 @@ OTHERS = {
     "loss": ({"loss": lambda p, b: 2 * own_loss(p, b)}, "--algorithm is "),
     "seed": ({"seed": 1}, "--seed is "),
     "cohort": ({"cohort": 2}, "--clients_per_round is 2 but the run in .* was started with 3"),
+    "batch size": ({"batch_size": 2}, "--batch_size is 2 but the run in .* was started with "),
+    "weighting": ({"weighting": "examples"}, "--weighting is 'examples'"),
     "data": ({"task": other_data()}, "training examples 'features' changed since the run"),
 }
 
@@ -258,13 +259,13 @@ def test_another_simulation_is_refused(what, whole):
 
 def test_settings_of_ones_own_and_another_release_of_jax(simulator, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
-    train(simulator, workdir, rounds=1, settings={"batch_size": 4})
-    assert read_flags(workdir)["batch_size"] == 4
-    with pytest.raises(RunError, match="--batch_size is 5"):
-        train(simulator, workdir, rounds=2, settings={"batch_size": 5})
+    train(simulator, workdir, rounds=1, settings={"malicious": 4})
+    assert read_flags(workdir)["malicious"] == 4
+    with pytest.raises(RunError, match="--malicious is 5"):
+        train(simulator, workdir, rounds=2, settings={"malicious": 5})
     # Another release may trace the same functions to another program.
     monkeypatch.setattr(jax, "__version__", "0.0.1")
-    train(simulator, workdir, rounds=2, settings={"batch_size": 4})
+    train(simulator, workdir, rounds=2, settings={"malicious": 4})
     assert read_flags(workdir)["algorithm"].startswith("jax 0.0.1, from round 0 ")
 
 
@@ -457,3 +458,38 @@ def test_the_command_and_the_library_make_the_same_run(tmp_path, capsys):
         if "seconds" not in name and name not in own:
             assert ours[name] == theirs[name], name
     assert isinstance(outcome, loop.Outcome)
+
+
+def test_a_run_of_the_command_is_gone_on_with_from_python_to_the_commands_bits(tmp_path, capsys):
+    flags = ["--num_clients=10", "--batch_size=8", "--local_steps=2", "--num_perturbations=3"]
+    flags += ["--algorithm=hiso", "--hiso_nu=0.05", "--learning_rate=0.05", "--eval_every=6"]
+
+    def run(name, rounds):
+        with flagsaver.flagsaver():
+            workdir = f"--workdir={tmp_path / name}"
+            command.FLAGS(["train", *flags, workdir, f"--rounds={rounds}", "--noprogress"])
+            command.main()
+
+    run("command", 18)
+    run("both", 7)
+    settings = {"num_clients": 10, "batch_size": 8, "local_steps": 2, "num_perturbations": 3}
+    settings |= {"hiso_nu": 0.05, "learning_rate": 0.05, "eval_every": 6}
+    stop = Watcher(interrupt_at=13)
+    with pytest.raises(KeyboardInterrupt):
+        zofl.simulate(
+            "digits", "hiso", workdir=tmp_path / "both", rounds=18, observers=[stop], **settings
+        )
+    outcome = zofl.simulate(
+        "digits", "hiso", workdir=tmp_path / "both", rounds=18, observers=(), **settings
+    )
+    assert snapshot(tmp_path / "both", 18) == snapshot(tmp_path / "command", 18)
+    assert logged(tmp_path / "both")[0] == logged(tmp_path / "command")[0]
+    assert outcome.summary["rounds"] == 18
+    with pytest.raises(RunError, match=r"--learning_rate is 0.5 but"):
+        zofl.simulate(
+            "digits",
+            "hiso",
+            workdir=tmp_path / "both",
+            rounds=18,
+            **(settings | {"learning_rate": 0.5}),
+        )

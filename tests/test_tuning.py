@@ -5,12 +5,14 @@ import math
 import re
 
 import pytest
-from absl.testing import flagsaver
 from commands import summary_of
+from flag_lines import build, resolve
 
-from experiments import config, tuning
+from experiments import tuning
 from experiments.entry import UserError
 from experiments.tuning import Trial
+from zofl_jax.configuration.config import Config
+from zofl_jax.configuration.experiment import at_learning_rate
 from zofl_jax.observation.diagnostics import Diagnosis
 
 QUADRATIC = [
@@ -20,16 +22,13 @@ QUADRATIC = [
 
 
 def built(*arguments):
-    with flagsaver.flagsaver():
-        config.FLAGS(["train", *arguments])
-        values = config.resolve()
-    return values, config.build(values)
+    return resolve(*arguments), build(*arguments)
 
 
 @pytest.mark.parametrize("first", [0.03, 30.0])
 def test_the_rate_is_found_from_far_below_and_from_far_above(first):
-    values, experiment = built(*QUADRATIC, f"--learning_rate={first}", "--rounds=40")
-    found = tuning.probe(values, experiment)
+    config, experiment = built(*QUADRATIC, f"--learning_rate={first}", "--rounds=40")
+    found = tuning.probe(config, experiment)
     # The edge is 2 / (9 / 8 + 5 / 8) = 1.14, and a trial is at three times its rate.
     assert 1.14 / 3 / 4 < found.learning_rate < 1.14 / 2
     chosen = max(t for t in found.trials if t.good and t.learning_rate <= found.learning_rate)
@@ -39,7 +38,7 @@ def test_the_rate_is_found_from_far_below_and_from_far_above(first):
     bad = [t for t in found.trials if not t.good]
     assert all(t.learning_rate > found.learning_rate for t in bad)
     assert (first == 30.0) <= bool(bad)
-    assert all(t.rounds <= tuning.probe_rounds(values) for t in found.trials)
+    assert all(t.rounds <= tuning.probe_rounds(config) for t in found.trials)
     assert found.sentence.startswith(f"--auto_lr chose {found.learning_rate:.3g}: ")
     assert found.sentence.endswith(f"; the probe took {found.rounds} rounds")
 
@@ -53,13 +52,11 @@ MLP = [
 
 
 def test_a_rate_that_is_lost_later_is_not_chosen():
-    values, experiment = built(*MLP, "--learning_rate=0.004")
+    config, experiment = built(*MLP, "--learning_rate=0.004")
 
     def run(rate):
         """Returns the losses after a fifth of the rounds and after all."""
-        simulator = config.at_learning_rate(
-            experiment, {**values, "learning_rate": rate}, None
-        ).simulator
+        simulator = at_learning_rate(experiment, config.replace(learning_rate=rate), None).simulator
         progress = simulator.start(None)
         losses = [simulator.evaluate(progress.state.params)["loss"]]
         state, memory = progress.state, progress.memory
@@ -72,7 +69,7 @@ def test_a_rate_that_is_lost_later_is_not_chosen():
 
     start, early, end = run(0.004)
     assert early < start < end  # a short probe at the rate itself is content
-    found = tuning.probe(values, experiment)
+    found = tuning.probe(config, experiment)
     start, early, end = run(found.learning_rate)
     assert found.learning_rate < 0.002 and end < early < start
 
@@ -135,12 +132,12 @@ def test_what_a_good_trial_is(losses, good):
 
 
 def test_a_trial_is_as_long_as_the_run_at_its_rate():
-    flags = {"algorithm": "decomfl", "optimizer": "sgd", "momentum": 0.0, "local_steps": 4}
-    assert tuning.probe_rounds({**flags, "rounds": 300}) == 100
+    config = Config(momentum=0.0, local_steps=4)
+    assert tuning.probe_rounds(config.replace(rounds=300)) == 100
     # Momentum 0.9 starts nine steps late, a third of which the run has at its own rate.
-    assert tuning.probe_rounds({**flags, "momentum": 0.9, "rounds": 300}) == 102
-    assert tuning.probe_rounds({**flags, "algorithm": "fedavg", "rounds": 300}) == 150
-    assert tuning.probe_rounds({**flags, "rounds": 3}) == 3
+    assert tuning.probe_rounds(config.replace(momentum=0.9, rounds=300)) == 102
+    assert tuning.probe_rounds(config.replace(algorithm="fedavg", rounds=300)) == 150
+    assert tuning.probe_rounds(config.replace(rounds=3)) == 3
 
 
 def test_a_run_keeps_the_rate_it_found_and_its_diagnoses(commands):

@@ -2,6 +2,8 @@
 
     import zofl_jax as zofl
 
+    zofl.simulate("digits", "decomfl", rounds=400)  # as the command does, by its settings' names
+
     simulator = zofl.make_simulator(algorithm, task, clients_per_round=5, batch_size=32)
     outcome = zofl.train(simulator, workdir="runs/mine", rounds=400)
 
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zofl_jax import algorithms, keys
     from zofl_jax.conditions import aggregation, attacks, compression, participation, privacy
+    from zofl_jax.configuration.resolve import resolve
     from zofl_jax.core import Algorithm, Phase, Task
     from zofl_jax.data import partition, sources
     from zofl_jax.directions import estimators, perturbations
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from zofl_jax.runs.directory import RunError
     from zofl_jax.tasks import objectives, quadratic, vision
     from zofl_jax.training import observers
+    from zofl_jax.training.described import simulate
     from zofl_jax.training.loop import train
     from zofl_jax.training.summaries import About, table
 
@@ -56,7 +60,9 @@ __all__ = [
     "plots",
     "privacy",
     "quadratic",
+    "resolve",
     "run",
+    "simulate",
     "sources",
     "table",
     "train",
@@ -78,6 +84,8 @@ _MEMBERS = {
     "engine.rounds": ("Conditions",),
     "engine.simulation": ("Diverged", "make_simulator", "run"),
     "runs.directory": ("RunError",),
+    "configuration.resolve": ("resolve",),
+    "training.described": ("simulate",),
     "training.loop": ("train",),
     "training.summaries": ("About", "table"),
 }

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from zofl_jax import keys, precision
+from zofl_jax.algorithms.method import Method, NoOptions, Parts
 from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
@@ -148,3 +149,17 @@ def decomfl(
 
     passes = estimator.passes.times(local_steps)
     return Algorithm(init, client, aggregate, server, local_steps, passes=passes)
+
+
+def build(parts: Parts, options: NoOptions) -> Algorithm:
+    """Returns the algorithm of `METHOD`."""
+    return decomfl(parts.loss_fn, parts.estimator, parts.optimizer, local_steps=parts.local_steps)
+
+
+METHOD = Method(
+    "decomfl",
+    build,
+    order=0,
+    summary="K local steps along P shared directions; K·P scalars up and down (Li et al. 2025)",
+    coefficients=True,
+)

@@ -9,6 +9,7 @@ receive the model itself, not the broadcasts they missed, which would be as larg
 Ref: McMahan et al. 2017 (arXiv 1602.05629); λ > 0: Li et al. 2020 (FedProx, arXiv 1812.06127).
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -24,6 +25,7 @@ from zofl_jax.algorithms.local_training import (
     exact,
     train,
 )
+from zofl_jax.algorithms.method import Method, NoOptions, Parts
 from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
@@ -40,6 +42,7 @@ from zofl_jax.core import (
     Upload,
 )
 from zofl_jax.directions.batching import at_once
+from zofl_jax.settings import setting
 
 
 def fedavg(
@@ -160,3 +163,49 @@ def whole_model() -> Sync:
         restore=lambda state, message: state._replace(params=message),
         alone=True,
     )
+
+
+def build(parts: Parts, options: NoOptions) -> Algorithm:
+    """Returns the algorithm of `METHOD`."""
+    return fedavg(
+        parts.loss_fn,
+        parts.client_optimizer,
+        local_steps=parts.local_steps,
+        clients_at_once=parts.clients_at_once,
+    )
+
+
+METHOD = Method(
+    "fedavg",
+    build,
+    order=1,
+    summary="local descent; the change of the model up, the model down (McMahan et al. 2017)",
+    defaults={"momentum": 0.0},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProximalOptions:
+    """The settings of FedProx."""
+
+    proximal: float = setting(0.01, "λ of fedprox.", least=0)
+
+
+def build_proximal(parts: Parts, options: ProximalOptions) -> Algorithm:
+    """Returns the algorithm of `METHOD_PROXIMAL`."""
+    return fedavg(
+        parts.loss_fn,
+        parts.client_optimizer,
+        proximal=options.proximal,
+        local_steps=parts.local_steps,
+        clients_at_once=parts.clients_at_once,
+    )
+
+
+METHOD_PROXIMAL = dataclasses.replace(
+    METHOD,
+    name="fedprox",
+    build=build_proximal,
+    summary="fedavg whose clients are held near the round's model (Li et al. 2020)",
+    options=ProximalOptions,
+)

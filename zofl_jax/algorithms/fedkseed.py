@@ -16,6 +16,8 @@ the mean |g| along z_j so far, scaled to [0, 1] over the pool.
 Ref: arXiv 2312.06353, Algorithm 1 and section 4.3.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from zofl_jax import keys, precision
+from zofl_jax.algorithms.method import Method, Parts, Refusal
 from zofl_jax.conditions.compression import Codec
 from zofl_jax.core import (
     Algorithm,
@@ -39,6 +42,7 @@ from zofl_jax.core import (
     Wire,
 )
 from zofl_jax.directions.estimators import Estimator
+from zofl_jax.settings import setting
 
 
 class SeedPool(NamedTuple):
@@ -208,3 +212,53 @@ def _importance(pool: SeedPool) -> Array:
     mean = jnp.where(measured, pool.amplitudes / jnp.maximum(pool.counts, 1), average)
     spread = jnp.max(mean) - jnp.min(mean)
     return (mean - jnp.min(mean)) / jnp.where(spread > 0, spread, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The settings of FedKSeed."""
+
+    pool_size: int = setting(4096, "Seeds in the pool of fedkseed.", least=1)
+
+
+def _build(pro: bool) -> Callable[[Parts, Options], Algorithm]:
+    def build(parts: Parts, options: Options) -> Algorithm:
+        return fedkseed(
+            parts.loss_fn,
+            parts.estimator,
+            parts.learning_rate,
+            pool_key=parts.pool_key,
+            pool_size=options.pool_size,
+            local_steps=parts.local_steps,
+            pro=pro,
+            codec=parts.codec,
+            factor=parts.rate_factor,
+        )
+
+    return build
+
+
+METHOD = Method(
+    "fedkseed",
+    _build(pro=False),
+    order=0,
+    summary="many local steps, each along a seed of a pool; pairs of seed and scalar up (Qin et "
+    "al. 2024)",
+    options=Options,
+    defaults={"local_steps": 200},
+    fixed={"num_perturbations": 1, "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0},
+    refuses={
+        "compression": Refusal(
+            "all of whose scalars are needed",
+            ("top_k", "sign"),
+            "use float16, bfloat16, int8, int4 or qsgd",
+        )
+    },
+    takes=("codec",),
+)
+METHOD_PRO = dataclasses.replace(
+    METHOD,
+    name="fedkseed_pro",
+    build=_build(pro=True),
+    summary="fedkseed with seeds drawn by their importance (Qin et al. 2024)",
+)

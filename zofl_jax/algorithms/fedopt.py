@@ -10,6 +10,7 @@ There is no bias correction, as in the paper, so they differ from `optax.adam`.
 Ref: arXiv 2003.00295, Algorithm 2.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ import optax
 
 from zofl_jax.algorithms.fedavg import fedavg
 from zofl_jax.algorithms.local_training import ClientOptimizer
+from zofl_jax.algorithms.method import Method, Parts
 from zofl_jax.core import Algorithm, Array, LossFn, Params
+from zofl_jax.settings import positive, setting, share
 
 
 class Moments(NamedTuple):
@@ -127,3 +130,76 @@ def _adaptive(
 def _check_decay(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerRate:
+    """The setting of methods whose server has a rate of its own."""
+
+    server_learning_rate: float = setting(
+        0.01, "Server's rate in methods that have one.", within=positive()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(ServerRate):
+    """The settings of all three methods."""
+
+    server_beta1: float = setting(
+        0.9, "β₁ of the server's first moment.", within=share(below_one=True)
+    )
+    tau: float = setting(1e-3, "τ of adaptive servers.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecayingOptions(Options):
+    """The settings of those whose second moment is forgotten."""
+
+    server_beta2: float = setting(
+        0.99, "β₂ of the server's second moment.", within=share(below_one=True)
+    )
+
+
+def _build(algorithm: Callable[..., Algorithm]) -> Callable[[Parts, Options], Algorithm]:
+    def build(parts: Parts, options: Options) -> Algorithm:
+        second = {"b2": options.server_beta2} if isinstance(options, DecayingOptions) else {}
+        return algorithm(
+            parts.loss_fn,
+            parts.client_optimizer,
+            options.server_learning_rate,
+            b1=options.server_beta1,
+            **second,
+            tau=options.tau,
+            local_steps=parts.local_steps,
+            clients_at_once=parts.clients_at_once,
+        )
+
+    return build
+
+
+METHODS = (
+    Method(
+        "fedadam",
+        _build(fedadam),
+        order=1,
+        summary="fedavg whose server follows Adam (Reddi et al. 2021)",
+        options=DecayingOptions,
+        defaults={"momentum": 0.0},
+    ),
+    Method(
+        "fedyogi",
+        _build(fedyogi),
+        order=1,
+        summary="fedavg whose server follows Yogi (Reddi et al. 2021)",
+        options=DecayingOptions,
+        defaults={"momentum": 0.0},
+    ),
+    Method(
+        "fedadagrad",
+        _build(fedadagrad),
+        order=1,
+        summary="fedavg whose server follows Adagrad (Reddi et al. 2021)",
+        options=Options,
+        defaults={"momentum": 0.0, "server_learning_rate": 0.1, "server_beta1": 0.0},
+    ),
+)

@@ -13,6 +13,7 @@ import optax
 
 from zofl_jax import precision
 from zofl_jax.algorithms.fedavg import descend_by, whole_model
+from zofl_jax.algorithms.method import Method, NoOptions, Parts
 from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
@@ -73,3 +74,18 @@ def fedsgd(
         sync=whole_model(),
         passes=Passes(1, 1),
     )
+
+
+def build(parts: Parts, options: NoOptions) -> Algorithm:
+    """Returns the algorithm of `METHOD`."""
+    return fedsgd(parts.loss_fn, parts.optimizer, clients_at_once=parts.clients_at_once)
+
+
+METHOD = Method(
+    "fedsgd",
+    build,
+    order=1,
+    summary="one gradient up, the model down (McMahan et al. 2017)",
+    defaults={"momentum": 0.0},
+    fixed={"local_steps": 1},
+)

@@ -8,10 +8,14 @@ It is FedAvg on estimated gradients: what DeComFL's scalars save is the differen
 two. Ref: arXiv 2201.09531, Algorithm 1.
 """
 
+import dataclasses
+
 from zofl_jax.algorithms.fedavg import dense
 from zofl_jax.algorithms.local_training import ClientOptimizer, estimated
+from zofl_jax.algorithms.method import Method, Parts
 from zofl_jax.core import Algorithm, LossFn
 from zofl_jax.directions.estimators import Estimator
+from zofl_jax.settings import setting
 
 
 def fedzo(
@@ -52,3 +56,33 @@ def fedzo(
         shared_directions=shared_directions,
         passes=estimator.passes,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The settings of FedZO."""
+
+    shared_directions: bool = setting(
+        False, "Whether fedzo's clients draw directions from the round's key."
+    )
+
+
+def build(parts: Parts, options: Options) -> Algorithm:
+    """Returns the algorithm of `METHOD`."""
+    return fedzo(
+        parts.loss_fn,
+        parts.estimator,
+        parts.client_optimizer,
+        local_steps=parts.local_steps,
+        shared_directions=options.shared_directions,
+    )
+
+
+METHOD = Method(
+    "fedzo",
+    build,
+    order=0,
+    summary="local descent by estimated gradients; the change of the model up (Fang et al. 2022)",
+    options=Options,
+    defaults={"momentum": 0.0},
+)

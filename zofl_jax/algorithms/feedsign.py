@@ -14,6 +14,7 @@ of every client, which protects from the server too.
 Ref: arXiv 2501.17610.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from zofl_jax.algorithms.decomfl import decomfl
+from zofl_jax.algorithms.method import Method, Parts
 from zofl_jax.conditions import accounting, compression
 from zofl_jax.core import (
     Algorithm,
@@ -35,6 +37,7 @@ from zofl_jax.core import (
     Wire,
 )
 from zofl_jax.directions.estimators import Estimator
+from zofl_jax.settings import setting
 
 
 def feedsign(
@@ -110,3 +113,36 @@ def feedsign(
     if epsilon is None or delta is None:
         return plain
     return accounting.accounted(plain, accounting.BitAccountant(count, epsilon, delta))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The settings of FeedSign."""
+
+    feedsign_epsilon: float | None = setting(
+        None, "ε of a bit in the private form of feedsign; not private unless given."
+    )
+
+
+def build(parts: Parts, options: Options) -> Algorithm:
+    """Returns the algorithm of `METHOD`."""
+    private = options.feedsign_epsilon is not None
+    return feedsign(
+        parts.loss_fn,
+        parts.estimator,
+        parts.optimizer,
+        epsilon=options.feedsign_epsilon,
+        delta=parts.delta if private else None,
+    )
+
+
+METHOD = Method(
+    "feedsign",
+    build,
+    order=0,
+    summary="the sign of each directional derivative, a bit up and down (Cai et al. 2025)",
+    options=Options,
+    defaults={"num_perturbations": 1, "momentum": 0.0},
+    fixed={"local_steps": 1},
+    private=lambda options: options.feedsign_epsilon is not None,
+)

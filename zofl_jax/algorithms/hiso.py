@@ -14,6 +14,7 @@ where the loss is spread evenly over the coordinates of a quadratic.
 Ref: arXiv 2506.02370, Algorithm 1.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ import optax
 
 from zofl_jax import precision
 from zofl_jax.algorithms.decomfl import decomfl
+from zofl_jax.algorithms.method import Method, Parts, Refusal
 from zofl_jax.core import (
     Algorithm,
     Array,
@@ -37,6 +39,7 @@ from zofl_jax.core import (
 from zofl_jax.directions.estimators import Estimator
 from zofl_jax.directions.perturbations import Perturbation, gaussian
 from zofl_jax.directions.scaling import scaled
+from zofl_jax.settings import setting
 
 
 class HisoState(NamedTuple):
@@ -145,3 +148,43 @@ def hiso(
     # Without learning H stays 1, and multiplying by it might round otherwise than DeComFL.
     replayed = server if nu else server_without_learning
     return Algorithm(init, client, plain.aggregate, replayed, local_steps, passes=plain.passes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The settings of HiSo."""
+
+    hiso_nu: float = setting(0.01, "ν of hiso, the newest step's share in the curvature.")
+    hiso_epsilon: float = setting(1e-3, "ε of hiso, the floor of the curvature.")
+    hiso_learn_from: Literal["first", "last", "all"] = setting(
+        "all", "Local steps that hiso learns from.", choices=("first", "last", "all")
+    )
+
+
+def build(parts: Parts, options: Options) -> Algorithm:
+    """Returns the algorithm of `METHOD`."""
+    return hiso(
+        parts.loss_fn,
+        parts.make_estimator,
+        parts.optimizer,
+        nu=options.hiso_nu,
+        epsilon=options.hiso_epsilon,
+        learn_from=options.hiso_learn_from,
+        perturbation=parts.perturbation,
+        local_steps=parts.local_steps,
+    )
+
+
+METHOD = Method(
+    "hiso",
+    build,
+    order=0,
+    summary="DeComFL in a diagonal metric learnt from the broadcasts (Li et al. 2025)",
+    options=Options,
+    defaults={"momentum": 0.0},
+    refuses={
+        "late_weight": Refusal(
+            "which keeps no curvature of the round before to draw its directions in"
+        )
+    },
+)

@@ -9,7 +9,8 @@ machines. Ref: arXiv 2305.17333, Algorithm 1.
 
 import optax
 
-from zofl_jax.algorithms.decomfl import decomfl
+from zofl_jax.algorithms.decomfl import build, decomfl
+from zofl_jax.algorithms.method import Method, Refusal
 from zofl_jax.core import Algorithm, LossFn
 from zofl_jax.directions.estimators import central_difference
 from zofl_jax.directions.perturbations import Perturbation
@@ -39,3 +40,19 @@ def mezo(
     """
     estimator = central_difference(num_perturbations, smoothing, perturbation)
     return decomfl(loss_fn, estimator, optimizer)
+
+
+METHOD = Method(
+    "mezo",
+    build,  # with one client, one direction and one step
+    order=0,
+    summary="one place that has all data, one direction a step (Malladi et al. 2023)",
+    defaults={"num_perturbations": 1, "momentum": 0.0},
+    fixed={
+        "local_steps": 1,
+        "estimator": "central",
+        "num_clients": 1,
+        "clients_per_round": 1,
+    },
+    refuses={"partition": Refusal("which has all data in one place", ("natural",))},
+)

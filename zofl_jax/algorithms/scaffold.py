@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import optax
 
 from zofl_jax import precision
+from zofl_jax.algorithms.fedopt import ServerRate
 from zofl_jax.algorithms.local_training import Trained, difference, exact, train
+from zofl_jax.algorithms.method import Method, Parts, Refusal
 from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
@@ -149,3 +151,30 @@ def scaffold(
         passes=Passes(1, 1).times(local_steps),
         expects=Expectations(share=share),
     )
+
+
+def build(parts: Parts, options: ServerRate) -> Algorithm:
+    """Returns the algorithm of `METHOD`."""
+    return scaffold(
+        parts.loss_fn,
+        parts.scheduled_rate,
+        share=parts.share,
+        local_steps=parts.local_steps,
+        server_rate=options.server_learning_rate,
+        aggregate=parts.rule,
+        clients_at_once=parts.clients_at_once,
+    )
+
+
+METHOD = Method(
+    "scaffold",
+    build,
+    order=1,
+    summary="local descent with the drift of clients taken out; two models up (Karimireddy et al. "
+    "2020)",
+    options=ServerRate,
+    defaults={"server_learning_rate": 1.0},
+    fixed={"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0},
+    refuses={"late_weight": Refusal("whose c would no longer be the mean of the clients' c_i")},
+    takes=("rule",),  # it also counts who is heard
+)

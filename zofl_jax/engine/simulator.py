@@ -99,6 +99,7 @@ class Simulator:
 
     Attributes:
       task, root, phases: what it was made from.
+      setting: its cohort, population, batch size and weighting.
       sizes: the ledger's message sizes in each phase.
       broadcasts: the shapes and dtypes of a broadcast in each phase.
       capacities: the most rounds in one dispatch in each phase, `rounds.CAPACITY` or fewer.
@@ -110,6 +111,7 @@ class Simulator:
     task: Task
     root: keys.RootKeys
     phases: tuple[Phase, ...]
+    setting: fitting.Setting
     sizes: tuple[ledger.MessageSizes, ...]
     broadcasts: tuple[Any, ...]
     capacities: tuple[int, ...]
@@ -132,7 +134,7 @@ class Simulator:
         self.num_devices = 1 if mesh is None else mesh.size
         self.epsilon = fitting.epsilon(phases, setting)
         # All but the rounds is each process's own business.
-        self._setting, self._mesh, self._own_mesh = setting, mesh, placement.own_part(mesh)
+        self.setting, self._mesh, self._own_mesh = setting, mesh, placement.own_part(mesh)
         self._compiler = compilation.Compiler()
         self._carried = carried.of(phases[0].algorithm)
 
@@ -160,13 +162,13 @@ class Simulator:
         """Returns the progress at round 0, from these params, or those that `Task.init` draws."""
         if params is None:
             params = self.task.init(self.root.init)
-        first, num_clients = self.phases[0].algorithm, self._setting.num_clients
+        first, num_clients = self.phases[0].algorithm, self.setting.num_clients
         clients = jax.tree.map(
             lambda m: jnp.repeat(m[None], num_clients, axis=0), first.init_memory(params)
         )
         # A copy, since `advance` consumes the state it is given.
         state = self._own(jax.tree.map(jnp.copy, first.init(params)))
-        memory = self._carried.start(clients, self._upload, self._setting.clients_per_round)
+        memory = self._carried.start(clients, self._upload, self.setting.clients_per_round)
         return Progress(state, memory, ledger.Ledger(num_clients), [], [])
 
     def launch(self, state: ServerState, memory: Any, n: int) -> Flight:
@@ -293,9 +295,9 @@ class Simulator:
         return traced.make_advance(
             self.phases[phase].algorithm,
             self.task,
-            self._setting.clients_per_round,
-            self._setting.batch_size,
-            self._setting.weighting,
+            self.setting.clients_per_round,
+            self.setting.batch_size,
+            self.setting.weighting,
             self._mesh,
             self.capacities[phase],
             self.conditions,

@@ -2,8 +2,8 @@
 
 The command line knows a run by its flags. Here there are functions and arrays alone, so what
 is noted are their digests: of the algorithm as JAX traces it, the loss and the learning rate
-included; of who takes part when; of the data and the initial params. The batch size and what
-malicious clients do are not seen: what else tells runs apart belongs into `settings` of `train`.
+included; of who takes part when; of the data and the initial params. What malicious clients do is
+not seen: what else tells runs apart belongs into `settings` of `train`.
 """
 
 import re
@@ -36,8 +36,10 @@ def settings(simulator: simulation.Simulator) -> dict[str, Flag]:
     )
     return {
         "task": simulator.task.name,
-        "num_clients": simulator.task.train.num_clients,
-        "clients_per_round": int(np.shape(attendance.cohort)[1]),
+        "num_clients": simulator.setting.num_clients,
+        "clients_per_round": simulator.setting.clients_per_round,
+        "batch_size": simulator.setting.batch_size,
+        "weighting": simulator.setting.weighting,
         "seed": fingerprints.array(jax.random.key_data(simulator.root.shared)),
         "attendance": fingerprints.arrays(*jax.tree.leaves(attendance)),
         "algorithm": f"jax {jax.__version__}, {phases}",
@@ -74,9 +76,9 @@ def _traced(algorithm: Algorithm, simulator: simulation.Simulator) -> str:
     """Returns the digest of a client's, the aggregation's and the server's program."""
     key = keys.round_key(simulator.root.shared, jnp.int32(0))
     params = jax.eval_shape(simulator.task.init, simulator.root.init)
-    # How many examples a batch has is not known here, and changes no more than shapes.
+    size = simulator.setting.batch_size
     batches = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((algorithm.local_steps, 1, *x.shape[1:]), x.dtype),
+        lambda x: jax.ShapeDtypeStruct((algorithm.local_steps, size, *x.shape[1:]), x.dtype),
         simulator.task.train.examples,
     )
     state, memory = (jax.eval_shape(f, params) for f in (algorithm.init, algorithm.init_memory))

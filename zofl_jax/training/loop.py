@@ -75,7 +75,8 @@ def train(
       eval_every: rounds between evaluations; 0 evaluates at the end only.
       observers: who watches, see `observers.Observer`; `observers.usual()` unless given.
       settings: plain values that tell this run from others beside what `identity` says of the
-        simulator, such as its batch size. They are kept, and the run goes on with the same only.
+        simulator, such as what malicious clients do. They are kept, and the run goes on with the
+        same only.
       inputs: () -> fingerprints of the data and the base model; `identity.inputs` unless given.
       about: names for the summary, the table and the figures.
       advice: what to tell the user of a run that fails.

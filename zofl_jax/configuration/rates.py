@@ -20,15 +20,15 @@ about half of that at K = 1.
 A default is `SHARE` of the edge. What is missing from the half is for this and for a curvature that
 grows: in the noise of a long descent the weights take a random walk, which lets the curvature of a
 multilayer model rise, by far more than the gradient's own path would. So the trace in
-`CURVATURES` is that of the largest rate that trained (`benchmarks/learning_rates.py`) where it is
-above the one that `diagnostics.trace` finds along a descent.
+`models.images.MODELS` is that of the largest rate that trained (`benchmarks/learning_rates.py`)
+where it is above the one that `diagnostics.trace` finds along a descent.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
 
-from experiments import language, methods
+from zofl_jax.configuration import kinds
+from zofl_jax.configuration.config import Config
+from zofl_jax.models.images import MODELS, Curvature
 
 SHARE = 0.3
 """Of the edge."""
@@ -40,29 +40,6 @@ GRADIENT_NORM = 0.5
 """Of the models below at the start, about."""
 
 
-class Curvature(NamedTuple):
-    """How a loss is curved, as far as learning rates go."""
-
-    trace: float  # of the Hessian
-    top: float  # its largest eigenvalue
-
-
-DIGITS = {
-    "softmax": Curvature(54, 4.4),
-    "mlp": Curvature(700, 4),
-    "mnist_cnn": Curvature(1000, 27),
-}
-"""On scikit-learn's digits, 8 x 8."""
-
-IMAGES = {
-    "softmax": Curvature(700, 60),
-    "mlp": Curvature(1500, 20),
-    "mnist_cnn": Curvature(4000, 30),
-    "fashion_cnn": Curvature(10_000, 30),
-    "lenet": Curvature(400, 30),
-}
-"""On Fashion-MNIST, 28 x 28; taken for all images but the digits."""
-
 SPREAD = 5.0
 """Times the trace of the quadratic: its clients have minima of their own, whose noise stays where
 the gradient has vanished."""
@@ -71,21 +48,18 @@ TEXTS = Curvature(26_400, 600)
 """SmolLM2-135M on film reviews; taken for all language models."""
 
 
-def default(values: Mapping[str, Any]) -> float:
-    """Returns the learning rate of flags that give none, in two figures.
+def default(config: Config) -> float:
+    """Returns the learning rate of a config that gives none, in two figures.
 
-    Args:
-      values: all other flags, as `config.resolve` fills them in.
-
-    >>> flags = {"task": "quadratic", "effective_rank": 12.0, "algorithm": "decomfl"}
-    >>> flags |= {"optimizer": "sgd", "momentum": 0.0, "num_perturbations": 4}
-    >>> default(flags)  # 0.3 · 2 / (1.25 + 5 · 12 / 4)
+    >>> from zofl_jax.configuration.resolve import resolve
+    >>> given = {"task": "quadratic", "effective_rank": 12.0, "num_perturbations": 4}
+    >>> default(resolve(given | {"momentum": 0.0}))  # 0.3 · 2 / (1.25 + 5 · 12 / 4)
     0.037
     """
-    count = math.inf if values["algorithm"] in methods.FIRST_ORDER else values["num_perturbations"]
-    momentum = values["momentum"] if values["optimizer"] == "sgd" else 0.0
-    rate = SHARE * (1 - momentum) * edge(curvature(values), count, momentum)
-    if values["optimizer"] == "adam":
+    count = math.inf if config.method.order else config.num_perturbations
+    momentum = config.momentum if config.optimizer == "sgd" else 0.0
+    rate = SHARE * (1 - momentum) * edge(curvature(config), count, momentum)
+    if config.optimizer == "adam":
         # A step of Adam has the length η √d, one of P directions η ‖g‖ √(d / P).
         rate = ADAM if count == math.inf else rate * GRADIENT_NORM / math.sqrt(count)
     return float(f"{rate:.1e}")
@@ -101,11 +75,11 @@ def edge(curvature: Curvature, num_perturbations: float, momentum: float = 0.0) 
     return 2 / (along_top + curvature.trace / num_perturbations)
 
 
-def curvature(values: Mapping[str, Any]) -> Curvature:
+def curvature(config: Config) -> Curvature:
     """Returns the curvature that is reckoned with for a task and model."""
-    if values["task"] == "quadratic":
-        return Curvature(SPREAD * values["effective_rank"], 1.0)
-    if language.is_language_task(values["task"]):
+    if config.kind == "quadratic":
+        return Curvature(SPREAD * config.effective_rank, 1.0)
+    if config.kind == "texts":
         return TEXTS
-    known = DIGITS if values["task"] == "digits" else IMAGES
-    return known.get(values["model"]) or IMAGES[values["model"]]
+    model = MODELS[str(config.model)]
+    return (config.task == kinds.DIGITS and model.on_digits) or model.curvature

@@ -1,16 +1,14 @@
-"""Who owns which training example, from the flags that images and texts share."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Who owns which training example, from the settings that images and texts share."""
 
 import numpy as np
 
 from zofl_jax import keys
+from zofl_jax.configuration.config import Config
 from zofl_jax.data import partition
 
 
 def share_out(
-    values: Mapping[str, Any],
+    config: Config,
     labels: np.ndarray,
     root: keys.RootKeys,
     client_ids: np.ndarray | None,
@@ -18,7 +16,7 @@ def share_out(
     """Returns the partition that `--partition` names.
 
     Args:
-      values: the run's flags.
+      config: the run's settings.
       labels: integers [n], the training examples' classes.
       root: the run's keys.
       client_ids: the examples' natural owners [n]; needed for "natural" alone.
@@ -26,14 +24,14 @@ def share_out(
     Raises:
       ValueError: if the examples can't be shared out so.
     """
-    num_clients, kind = values["num_clients"], values["partition"]
+    num_clients, kind = config.num_clients, config.partition
     if kind == "iid":
         return partition.iid(root.partition, labels, num_clients)
     if kind == "dirichlet":
         return partition.dirichlet(
-            root.partition, labels, num_clients, values["dirichlet_alpha"], values["batch_size"]
+            root.partition, labels, num_clients, config.dirichlet_alpha, config.batch_size
         )
     if kind == "shards":
-        return partition.shards(root.partition, labels, num_clients, values["shards_per_client"])
+        return partition.shards(root.partition, labels, num_clients, config.shards_per_client)
     assert client_ids is not None, "the caller says where owners are missing"
     return partition.natural(client_ids)

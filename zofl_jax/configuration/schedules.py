@@ -1,7 +1,7 @@
-"""Learning rates that follow the rounds, and the optimiser of a run's flags."""
+"""Learning rates that follow the rounds, and the optimiser of a run's settings."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,9 +9,9 @@ import numpy as np
 import optax
 
 from zofl_jax.algorithms.local_training import ClientOptimizer
+from zofl_jax.configuration import choices
+from zofl_jax.configuration.config import Config
 from zofl_jax.core import Array
-
-AUTHORS = "500:lr=0.8,P=2;1000:lr=0.5,P=4;2000:lr=0.3,P=8"
 
 
 class Change(NamedTuple):
@@ -32,7 +32,7 @@ def parse_schedule(text: str) -> list[Change]:
     >>> parse_schedule("500:lr=0.8,P=2")[1].num_perturbations
     2.0
     """
-    text = AUTHORS if text == "authors" else text
+    text = choices.AUTHORS if text == "authors" else text
     fields = {"lr": "learning_rate", "mu": "smoothing", "P": "num_perturbations"}
     changes = [Change(0)]
     for part in filter(None, text.split(";")):
@@ -62,42 +62,42 @@ def changing(changes: Sequence[Change], field: str) -> bool:
     return any(getattr(change, field) != 1 for change in changes)
 
 
-def make_optimizer(values: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Returns the optimiser of the flags, whose state goes on from round to round.
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Returns the optimiser of the settings, whose state goes on from round to round.
 
     Its rate follows the schedule by the count of local steps, K a round.
     """
-    rate = learning_rate(values)
+    rate = learning_rate(config)
     if callable(rate):
-        return _optimizer(values, lambda count: rate(count // values["local_steps"]))
-    return _optimizer(values, rate)
+        return _optimizer(config, lambda count: rate(count // config.local_steps))
+    return _optimizer(config, rate)
 
 
-def make_client_optimizer(values: Mapping[str, Any]) -> ClientOptimizer:
-    """Returns the optimiser of the flags, whose state starts anew in every round."""
-    rate = learning_rate(values)
+def make_client_optimizer(config: Config) -> ClientOptimizer:
+    """Returns the optimiser of the settings, whose state starts anew in every round."""
+    rate = learning_rate(config)
     if callable(rate):
-        return lambda round_index: _optimizer(values, rate(round_index))
-    return _optimizer(values, rate)
+        return lambda round_index: _optimizer(config, rate(round_index))
+    return _optimizer(config, rate)
 
 
-def learning_rate(values: Mapping[str, Any]) -> Array | optax.Schedule:
+def learning_rate(config: Config) -> Array | optax.Schedule:
     """Returns the learning rate, or round -> learning rate where the schedule changes it."""
-    factor, rate = rate_factor(values), jnp.asarray(values["learning_rate"])
+    factor, rate = rate_factor(config), jnp.asarray(config.learning_rate)
     return rate if factor is None else lambda round_index: rate * factor(round_index)
 
 
-def rate_factor(values: Mapping[str, Any]) -> optax.Schedule | None:
+def rate_factor(config: Config) -> optax.Schedule | None:
     """Returns round -> factor on the learning rate, or None if it is always 1."""
-    changes = parse_schedule(values["schedule"])
+    changes = parse_schedule(config.schedule)
     return piecewise(changes, "learning_rate", 1.0) if changing(changes, "learning_rate") else None
 
 
-def _optimizer(values: Mapping[str, Any], rate: Any) -> optax.GradientTransformation:
-    decay = values["weight_decay"]
-    if values["optimizer"] == "adam":
+def _optimizer(config: Config, rate: Any) -> optax.GradientTransformation:
+    decay = config.weight_decay
+    if config.optimizer == "adam":
         return optax.adamw(rate, weight_decay=decay) if decay else optax.adam(rate)
-    sgd = optax.sgd(rate, momentum=values["momentum"] or None)
+    sgd = optax.sgd(rate, momentum=config.momentum or None)
     return optax.chain(optax.add_decayed_weights(decay), sgd) if decay else sgd
 
 

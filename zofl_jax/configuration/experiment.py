@@ -1,0 +1,324 @@
+"""What a run needs, built from its config: task, simulator, and the fingerprints of its inputs."""
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from zofl_jax import keys, precision
+from zofl_jax.configuration import kinds, partitions, schedules, texts, wrapping
+from zofl_jax.configuration.config import Config, Data, Quadratic, Rounds, Texts, general
+from zofl_jax.configuration.phases import build_phases
+from zofl_jax.core import ServerState, Task
+from zofl_jax.data import partition, sources
+from zofl_jax.directions import local_models
+from zofl_jax.engine import compilation, placement, simulation
+from zofl_jax.engine.processes import Team
+from zofl_jax.models.images import MODELS
+from zofl_jax.runs import fingerprints, recording
+from zofl_jax.runs.directory import open_run, read_flags
+from zofl_jax.settings import settings_of
+from zofl_jax.tasks import objectives, quadratic, vision
+
+if TYPE_CHECKING:
+    from zofl_jax.tasks.language import LanguageTask
+
+EVAL_BATCH, LANGUAGE_EVAL_BATCH = 512, 32  # examples at once
+MEMORY_SHARE = 0.8  # of what is free, for a round
+
+
+class Experiment(NamedTuple):
+    """What a run needs, built from flags."""
+
+    task: Task
+    simulator: simulation.Simulator
+    label_counts: np.ndarray | None  # [num_clients, num_classes]
+    minimum: float | None  # the least test loss, where it is known
+    inputs: Callable[[], fingerprints.Fingerprints]  # of data and base model, see `fingerprints`
+    language: "LanguageTask | None" = None  # of texts
+    notes: tuple[str, ...] = ()
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Sentences for the user."""
+        own = texts.notices(self.language) if self.language else ()
+        return (*self.notes, *own)
+
+
+def build(config: Config, devices: int | None = None, team: Team | None = None) -> Experiment:
+    """Returns the task and the simulator that flags describe.
+
+    Args:
+      config: from `resolve`.
+      devices: how many devices the cohort is shared out over. Unless given, all accelerators;
+        on a CPU as many as it has cores for convolutional models, which use one thread a
+        device, and one for others, whose products use all cores. Of each process, where there
+        are several.
+      team: the processes that this one leads; None if there are no others.
+
+    Raises:
+      ValueError: for data that is missing or malformed, or settings that don't fit it.
+      ImportError: where an extra of the package is missing.
+    """
+    mesh = _mesh(config, devices)
+    prepared = _prepare(config)
+    simulator = _simulator(config, prepared.task, mesh)
+    if team:
+        simulator = team.lead(simulator)
+    notes = (*prepared.notes, *_notes(config, simulator))
+    return Experiment(
+        prepared.task,
+        simulator,
+        prepared.label_counts,
+        prepared.minimum,
+        prepared.inputs,
+        prepared.language,
+        notes,
+    )
+
+
+def inputs(config: Config, devices: int | None = None) -> fingerprints.Fingerprints:
+    """Returns the fingerprints of what `build` reads, without building a simulator.
+
+    Raises:
+      ValueError, ImportError: as `build`.
+    """
+    _mesh(config, devices)  # before the backend is first used
+    # Runs of a comparison differ in other settings, and share it.
+    names = {n for group in (Data, Rounds, Texts, Quadratic) for n in settings_of(group)}
+    names = (names | {"availability"}) - {"rounds", "eval_every"}
+    return _inputs(Config(**{name: getattr(config, name) for name in names}))
+
+
+@functools.lru_cache
+def _inputs(config: Config) -> fingerprints.Fingerprints:
+    return _prepare(config).inputs()
+
+
+class _Prepared(NamedTuple):
+    task: Task
+    label_counts: np.ndarray | None
+    minimum: float | None
+    inputs: Callable[[], fingerprints.Fingerprints]
+    language: "LanguageTask | None"
+    notes: tuple[str, ...] = ()
+
+
+def _prepare(config: Config) -> _Prepared:
+    """Reads data and base model; the fields are those of `Experiment`."""
+    root = keys.root(config.seed, config.prng_impl)
+    if config.kind == "quadratic":
+        built = quadratic.quadratic(
+            root.partition,
+            dim=config.quadratic_dim,
+            effective_rank=config.effective_rank,
+            num_clients=config.num_clients,
+            examples_per_client=config.batch_size,
+            heterogeneity=config.heterogeneity,
+            noise=config.noise,
+        )
+        inputs = functools.partial(wrapping.inputs, config)
+        return _Prepared(built.task, None, built.minimum, inputs, None)
+    if config.kind == "texts":
+        language, label_counts, text_inputs = texts.build(config, root)
+        return _Prepared(
+            language.task,
+            label_counts,
+            None,
+            lambda: {**text_inputs(), **wrapping.inputs(config)},
+            language,
+        )
+    dataset = _images(config.task, config.data_dir)
+    dataset, (order, offsets) = _owned(config, dataset, root)
+    model = MODELS[str(config.model)].make(dataset.num_classes)
+    objective = objectives.CLASSIFICATION[str(config.objective)]
+    task = vision.classification(dataset, model, order, offsets, objective)
+    counts = partition.label_counts(dataset.train["label"], order, offsets, dataset.num_classes)
+
+    def image_inputs() -> fingerprints.Fingerprints:
+        return {
+            **fingerprints.rows("training", dataset.train),
+            **fingerprints.rows("test", dataset.test),
+            "partition": fingerprints.arrays(order, offsets),
+            **wrapping.inputs(config),
+        }
+
+    return _Prepared(task, counts, None, image_inputs, None, _of_classes(dataset))
+
+
+def _of_classes(dataset: sources.Dataset) -> tuple[str, ...]:
+    """Returns a sentence for the user where classes have no training example."""
+    present = np.unique(dataset.train["label"])
+    absent = dataset.num_classes - len(present)
+    if not absent:
+        return ()
+    first = next((i for i, label in enumerate(present) if i != label), len(present))
+    return (
+        f"{absent} of the {dataset.num_classes} classes of {dataset.name} have no training "
+        f"example, label {first} first; labels count from 0",
+    )
+
+
+def _notes(config: Config, simulator: simulation.Simulator) -> tuple[str, ...]:
+    if config.perturbation != "low_rank" or config.local_steps == 1:
+        return ()
+    if not config.method.coefficients or config.mask != "none":
+        return ()
+    params = jax.eval_shape(simulator.task.init, simulator.root.init)
+    if local_models.is_linear(schedules.make_optimizer(config), params):
+        return ()
+    return (
+        f"--optimizer={config.optimizer} is not linear, so at --local_steps={config.local_steps} "
+        "every client has a copy of the params; sgd needs none",
+    )
+
+
+def at_learning_rate(experiment: Experiment, config: Config, devices: int | None) -> Experiment:
+    """Returns an experiment at another learning rate, that of `config`, with the same data.
+
+    Both share compiled functions through the compilation cache.
+    """
+    simulator = _simulator(config, experiment.task, _mesh(config, devices))
+    return experiment._replace(simulator=simulator)
+
+
+def resumed(config: Config, workdir: Path) -> tuple[Config, dict[str, Any]]:
+    """Returns the config with which a command goes on with a run, and the flags to open it with.
+
+    Runs from before `--bos` put the token first wherever there was one, whatever the model's files
+    said. They go on so unless told otherwise, and then a flag differs from theirs. Settings of
+    other methods that a run does not hold, since they came later, are left out.
+
+    Args:
+      config: of the command.
+      workdir: the run directory, which need not be there.
+
+    Raises:
+      RunError: if its flags can't be read.
+    """
+    if not (workdir / "flags.json").exists():
+        return config, config.flat()
+    recorded = read_flags(workdir)
+    told = config.bos != "auto" or "bos" in config.given
+    if not told and not recorded.get("bos"):
+        config = config.replace(bos=None)
+    known = {*general(), *settings_of(config.method.options), *recorded}
+    return config, {name: value for name, value in config.flat().items() if name in known}
+
+
+def rebuild(
+    workdir: Path,
+    experiment: Experiment,
+    round_index: int | None,
+    *,
+    nearest: bool = False,
+    note: Callable[[str], None] = lambda sentence: None,
+) -> tuple[ServerState, int, bool | None]:
+    """Returns the state of a run after a round, that round, and `recording.rebuild`'s check.
+
+    Args:
+      workdir: the run directory.
+      experiment: built from its flags.
+      round_index: rounds done; the last logged one if None.
+      nearest: whether to start from the nearest snapshot, not from round 0.
+      note: is told what was found wrong with the run and mended.
+
+    Raises:
+      RunError: if the run can't be opened or doesn't hold that round, or if its data or base
+        model have changed.
+    """
+    with open_run(workdir, read_flags(workdir)) as run:
+        try:
+            run.check_inputs(experiment.inputs())
+            done = run.log.last_round + 1 if round_index is None else round_index
+            state, same = recording.rebuild(run, experiment.simulator, done, nearest=nearest)
+        finally:
+            if run.notice:
+                note(run.notice)
+    return state, done, same
+
+
+def _simulator(config: Config, task: Task, mesh: Mesh | None) -> simulation.Simulator:
+    of_texts = config.kind == "texts"
+    root = keys.root(config.seed, config.prng_impl)
+    if config.clients_at_once is None:
+        config = config.replace(clients_at_once=_clients_at_once(config, task, root))
+    return simulation.make_simulator(
+        build_phases(config, task),
+        task,
+        clients_per_round=config.clients_per_round,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        prng_impl=config.prng_impl,
+        weighting=config.weighting,
+        eval_batch_size=LANGUAGE_EVAL_BATCH if of_texts else EVAL_BATCH,
+        mesh=mesh,
+        conditions=wrapping.build(config, task, root),
+    )
+
+
+def _clients_at_once(config: Config, task: Task, root: keys.RootKeys) -> int:
+    """Returns how many clients' activations the device's memory holds, 0 for all of a round's."""
+    available = compilation.memory_available()
+    if config.clients_per_round == 1 or not available:
+        return 0
+    backward = config.method.order == 1 or config.estimator == "projection"
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype),
+        task.train.examples,
+    )
+    fitting = compilation.clients_that_fit(
+        jax.value_and_grad(task.loss) if backward else task.loss,
+        jax.eval_shape(lambda key: precision.wide(task.init(key)), root.init),
+        batch,
+        int(MEMORY_SHARE * available),
+    )
+    return 0 if fitting >= config.clients_per_round else fitting
+
+
+def _mesh(config: Config, devices: int | None) -> Mesh | None:
+    one = devices is None and not convolutional(config)
+    placement.use_cpu_devices(1 if one else devices)
+    found = jax.local_devices()  # as many in each process, see `processes.join`
+    if one and found[0].platform == "cpu":
+        devices = 1
+    if devices is not None and devices > len(found):
+        raise ValueError(f"--devices={devices}: there are only {len(found)}")
+    wanted = len(found) if devices is None else devices
+    busy = math.ceil(config.clients_per_round / jax.process_count())
+    return placement.clients_mesh(placement.devices_of_each_process(min(wanted, busy)))
+
+
+def convolutional(config: Config) -> bool:
+    """Returns whether the model is one of convolutions."""
+    return config.kind == "images" and MODELS[str(config.model)].convolutional
+
+
+@functools.lru_cache(maxsize=1)  # runs of a comparison share it
+def _images(task: str, data_dir: str | None) -> sources.Dataset:
+    return kinds.load_images(task, data_dir)
+
+
+def _owned(
+    config: Config, dataset: sources.Dataset, root: keys.RootKeys
+) -> tuple[sources.Dataset, partition.Partition]:
+    """Returns the data set with the examples to keep, and whose they are."""
+    client_ids = dataset.client_ids
+    if config.partition == "natural":
+        if client_ids is None:
+            raise ValueError(f"--partition=natural: {dataset.name} names no owners of its examples")
+        owners = [None if i < 0 else i for i in client_ids.tolist()]
+        kept, client_ids = partition.known_owners(
+            owners,
+            config.missing_owner or "error",
+            lambda i: f"{dataset.name}, train, example {i} (from 0)",
+        )
+        if len(kept) < len(owners):
+            train = {name: column[kept] for name, column in dataset.train.items()}
+            dataset = dataset._replace(train=train)
+    return dataset, partitions.share_out(config, dataset.train["label"], root, client_ids)
