@@ -1,6 +1,7 @@
 """What is told of a run in `earlier_runs/`, and of the machine that made it."""
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -26,6 +27,8 @@ def machine() -> dict[str, str | int]:
     return {
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
+        # What an optimiser's step is traced to, and what draws partitions.
+        **{name: importlib.metadata.version(name) for name in ("optax", "flax", "numpy")},
         "platform": jax.default_backend(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": named[1] if named else platform.processor(),
