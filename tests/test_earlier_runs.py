@@ -61,7 +61,9 @@ def test_it_goes_on_and_is_replayed(commands, name):
     else:
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=2e-3)
         for path, array in theirs.items():
-            np.testing.assert_allclose(params[path], array, atol=2e-3, err_msg=path)
+            # As a whole: of two entries that are almost equal top-k may send the other one.
+            apart = np.linalg.norm(params[path] - array) / np.linalg.norm(array)
+            assert apart < 0.03, (path, apart)
 
 
 def arrays(file: Path) -> dict[str, np.ndarray]:
