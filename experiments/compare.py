@@ -205,15 +205,18 @@ def _run(
 
     path = workdir / method.folder / f"lr{rate:g}-seed{seed}"
     config, flags_of_run = resumed(config, path)
-    with open_run(path, flags_of_run, described.MAY_CHANGE) as run, entry.user_errors():
+    with open_run(path, flags_of_run, described.MAY_CHANGE) as run:
         summary = run.read_summary()
         if summary:  # results of other data would stand in the same table
-            run.check_inputs(inputs(config, FLAGS.devices))
+            with entry.user_errors():
+                found = inputs(config, FLAGS.devices)
+            run.check_inputs(found)
         got_to = max(run.log.last_round + 1, (summary or {}).get("diverged_round", 0))
         if summary and summary["rounds"] >= rounds and got_to > rounds:  # a trial that went on
             observers.skip(bar, rounds)
             return comparison.Result(method.name, seed, rate, comparison.cut(summary, rounds))
-        ended = described.ended(run, config, devices=FLAGS.devices)
+        with entry.user_errors():
+            ended = described.ended(run, config, devices=FLAGS.devices)
         summary = ended.summary if ended else summary
         if summary and "diverged_round" in summary:
             observers.skip(bar, rounds)

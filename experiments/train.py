@@ -87,7 +87,11 @@ def _main(config: Config, team: Team | None = None) -> None:
         if ended:
             print(f"The run in {run.path} is complete; give more --rounds to go on.\n")
         outcome = ended or train(
-            run, config, experiment, observers.ProgressBar(shown=FLAGS.progress)
+            run,
+            config,
+            experiment,
+            observers.ProgressBar(shown=FLAGS.progress),
+            rate_advice=_rate_advice(config),
         )
         report.print_table(outcome.summary)
         if not ended:
@@ -112,6 +116,7 @@ def train(
     experiment: Experiment | None,
     bar: observers.ProgressBar,
     *,
+    rate_advice: str = "",
     figures: bool = True,
 ) -> loop.Outcome:
     """Runs the rounds that are missing, watched as the flags say.
@@ -121,6 +126,7 @@ def train(
       config: its settings.
       experiment: built from them; None builds it.
       bar: shows the rounds.
+      rate_advice: what to type if the loss rises or the run diverges, the end of a sentence.
       figures: whether to draw them; they take about a second.
 
     Raises:
@@ -136,9 +142,7 @@ def train(
     if FLAGS.tensorboard:
         watching.append(observers.TensorBoard())
     watching += [observers.DivergenceWarning(), bar]
-    # A comparison tells what to do by its table.
-    advice = _rate_advice(config) if figures else ""
-    return described.go_on(run, config, experiment, watching, rate_advice=advice)
+    return described.go_on(run, config, experiment, watching, rate_advice=rate_advice)
 
 
 def check_diagnose_every(config: Config) -> None:

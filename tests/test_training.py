@@ -22,7 +22,7 @@ from zofl_jax.directions import estimators
 from zofl_jax.engine import simulation
 from zofl_jax.runs.directory import RunError, open_run, read_flags
 from zofl_jax.runs.run_log import RunLog
-from zofl_jax.training import identity, loop, observers
+from zofl_jax.training import described, identity, loop, observers
 
 PACKAGE = Path(zofl.__file__)
 ROUNDS, EVERY = 40, 5
@@ -493,3 +493,9 @@ def test_a_run_of_the_command_is_gone_on_with_from_python_to_the_commands_bits(t
             rounds=18,
             **(settings | {"learning_rate": 0.5}),
         )
+
+
+def test_advice_on_the_rate_can_be_left_out_as_a_comparison_does():
+    config = zofl.resolve({"learning_rate": 0.5})
+    assert described.advice(config).rate == "give learning_rate=0.05"
+    assert described.advice(config, "").rate == ""

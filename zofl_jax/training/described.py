@@ -103,7 +103,7 @@ def go_on(
     experiment: Experiment,
     observers: Sequence[Observer] | None = None,
     *,
-    rate_advice: str = "",
+    rate_advice: str | None = None,
     tell: Callable[[str], None] = to_stderr,
 ) -> loop.Outcome:
     """Runs the rounds that are missing; see `loop.go_on`.
@@ -113,7 +113,7 @@ def go_on(
       config: its settings.
       experiment: built from them.
       observers: who watches; `watching(config, experiment)` unless given.
-      rate_advice: what to type if the loss rises or the run diverges, the end of a sentence.
+      rate_advice: what to type if the loss rises or the run diverges, see `advice`.
       tell: writes a line for the user.
 
     Raises:
@@ -151,20 +151,22 @@ def about(config: Config, experiment: Experiment) -> summaries.About:
     )
 
 
-def advice(config: Config, rate: str = "") -> Advice:
+def advice(config: Config, rate: str | None = None) -> Advice:
     """Returns what to do where a run fails.
 
     Args:
       config: its settings.
-      rate: what to type where its learning rate is to blame, the end of a sentence; a tenth of it
-        unless given.
+      rate: what to type where its learning rate is to blame, the end of a sentence, "" for nothing;
+        a tenth of it unless given.
     """
     start = Advice().start
     if config.attack != "none":
         start += f", or leave out --attack={config.attack}"
     if config.estimator in ("forward", "central"):
         start += f", or type --smoothing={config.smoothing / 10:.3g} (a tenth)"
-    return Advice(rate or f"give learning_rate={(config.learning_rate or 0) / 10:.3g}", start)
+    if rate is None:
+        rate = f"give learning_rate={(config.learning_rate or 0) / 10:.3g}"
+    return Advice(rate, start)
 
 
 def workdir_of(config: Config, auto_lr: bool = False) -> Path:
