@@ -189,12 +189,12 @@ def check(config: Config, shared: Collection[str] = ()) -> None:
 
 def check_one(config: Config, name: str) -> None:
     """Checks that a setting has an effect; arguments and errors as `check`."""
-    for need in (*_of_methods(config, name), *_of_kinds(config, name), *NEEDS.get(name, ())):
+    for need in (*_of_methods(name), *_of_kinds(name), *NEEDS.get(name, ())):
         if not need.met(config):
             raise ValueError(f"--{name} has no effect {need.otherwise(config)}: {need.remedy}")
 
 
-def _of_methods(config: Config, name: str) -> Iterator[Need]:
+def _of_methods(name: str) -> Iterator[Need]:
     """What only some methods read."""
     readers = [
         method.name
@@ -211,7 +211,7 @@ def _of_methods(config: Config, name: str) -> Iterator[Need]:
         )
 
 
-def _of_kinds(config: Config, name: str) -> Iterator[Need]:
+def _of_kinds(name: str) -> Iterator[Need]:
     """What only some kinds of tasks read."""
     for group, kind in ((Texts, "texts"), (Quadratic, "quadratic")):
         if name in settings_of(group):

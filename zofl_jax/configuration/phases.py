@@ -9,7 +9,7 @@ import optax
 from zofl_jax import keys
 from zofl_jax.algorithms import Parts
 from zofl_jax.algorithms.local_training import ClientOptimizer
-from zofl_jax.configuration import choices, messages, schedules, wrapping
+from zofl_jax.configuration import choices, schedules, wrapping
 from zofl_jax.configuration.config import Config
 from zofl_jax.core import Algorithm, Params, Phase, Task
 from zofl_jax.directions import estimators, perturbations, scaling
@@ -43,7 +43,6 @@ def build_phases(config: Config, task: Task) -> list[Phase]:
             scaling.scaled(perturbation, mask),
         )
     pool_key = keys.pool_key(root.shared)
-    like_params = messages.upload(config) is messages.Upload.PARAMS
 
     def algorithm(count: int) -> Algorithm:
         def make(private: Callable[[Estimator], Estimator]) -> Algorithm:
@@ -71,7 +70,7 @@ def build_phases(config: Config, task: Task) -> list[Phase]:
             return config.method.build(parts, config.options)
 
         guarded = wrapping.guarded(config, wrapping.make_private(config, make))
-        sent = wrapping.compressed(config, guarded, like_params)
+        sent = wrapping.compressed(config, guarded)
         return wrapping.with_late_uploads(config, sent)
 
     phases: list[Phase] = []

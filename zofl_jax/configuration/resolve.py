@@ -206,8 +206,8 @@ def _check_method(config: Config) -> None:
     """Checks what the method itself refuses."""
     for name, refusal in config.method.refuses.items():
         value = config.get(name)
-        refused = refusal.values if refusal.values is not None else None
-        if value in refused if refused is not None else value != everything()[name].default:
+        plain = everything()[name].default
+        if value != plain if refusal.values is None else value in refusal.values:
             raise ValueError(_refused(config, name, refusal))
 
 

@@ -20,6 +20,7 @@ from zofl_jax.conditions import (
     privacy,
     staleness,
 )
+from zofl_jax.configuration import messages
 from zofl_jax.configuration.config import Config
 from zofl_jax.core import Algorithm, Task
 from zofl_jax.directions.estimators import Estimator
@@ -87,19 +88,16 @@ def codec(config: Config) -> compression.Codec | None:
     return codecs[config.compression]()
 
 
-def compressed(config: Config, algorithm: Algorithm, like_params: bool) -> Algorithm:
+def compressed(config: Config, algorithm: Algorithm) -> Algorithm:
     """Returns the algorithm with its uploads written as `--compression` says.
 
-    Args:
-      config: the settings.
-      algorithm: any.
-      like_params: whether its uploads are trees like the params, so that clients can keep what a
-        lossy codec left out.
+    Where they are like the params, clients keep what a lossy codec left out.
     """
     chosen = codec(config)
     if chosen is None or "codec" in config.method.takes:
         return algorithm
-    feedback = config.compression in ("top_k", "sign") and like_params
+    lossy = config.compression in ("top_k", "sign")
+    feedback = lossy and messages.upload(config) is messages.Upload.PARAMS
     return compression.compressed(algorithm, chosen, error_feedback=feedback)
 
 
