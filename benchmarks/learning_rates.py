@@ -33,7 +33,7 @@ from zofl_jax.configuration.experiment import Experiment, at_learning_rate, buil
 from zofl_jax.configuration.phases import build_phases
 from zofl_jax.configuration.resolve import resolve
 from zofl_jax.data import cache
-from zofl_jax.engine import compilation, rounds, simulation
+from zofl_jax.engine import compilation, placement, rounds, simulation
 
 SEEDS = (0, 1, 2)
 STEP = 3.0  # from rate to rate
@@ -179,7 +179,7 @@ def one_program(
         (phase,) = build_phases(config.replace(learning_rate=rate), task)
         sizes = config.clients_per_round, config.batch_size
         made = rounds.make_advance(
-            *(phase.algorithm, task, *sizes, config.weighting, None),
+            *(phase.algorithm, task, *sizes, config.weighting, placement.ONE_DEVICE),
             *(simulator.capacities[0], simulator.conditions),
         )
         return made(*args)

@@ -126,7 +126,7 @@ def bounds_of(work: Work, devices: int) -> tuple[list[Any], list[dict[str, Any]]
     jobs, labels = [], []
     initial = work.task.init(jax.random.key(0))
     for used in sorted({1, devices}):
-        params = placement.replicated(initial, workloads.mesh_of(used))
+        params = placement.Placement(workloads.mesh_of(used)).replicated(initial)
         for batch in work.bound_batches:
             job, factor = workloads.bound(work, params, batch, used)
             jobs.append(functools.partial(job, params))

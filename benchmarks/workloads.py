@@ -229,7 +229,8 @@ def choice_task(
         return {"loss": losses, "accuracy": jnp.argmax(found, axis=-1) == batch["label"]}
 
     data = partition.client_data(train, order, offsets)
-    return Task("tokens", init, loss, metrics, data, test)
+    layout = functools.partial(transformer.layout, config)
+    return Task("tokens", init, loss, metrics, data, test, layout)
 
 
 def perturbation(variant: str) -> perturbations.Perturbation:
@@ -290,7 +291,7 @@ def bound(
     mesh = mesh_of(devices)
     whole = math.ceil(work.examples / (batch * devices))
     passes = math.ceil(whole / work.bound_share)
-    examples = placement.replicated(jax.device_put(work.task.test), mesh)
+    examples = placement.Placement(mesh).replicated(jax.device_put(work.task.test))
     positions = len(work.task.test["label"]) - batch + 1
 
     def losses(params: Params, examples: Batch, first: Array) -> Array:

@@ -31,7 +31,7 @@ from zofl_jax.runs.directory import open_run
 from zofl_jax.runs.run_files import save_figure, write_atomically
 from zofl_jax.training import described, observers, summaries
 
-from . import comparison, entry, train
+from . import comparison, devices, entry, train
 from . import flags as settings
 
 flags.DEFINE_multi_string(
@@ -209,14 +209,14 @@ def _run(
         summary = run.read_summary()
         if summary:  # results of other data would stand in the same table
             with entry.user_errors():
-                found = inputs(config, FLAGS.devices)
+                found = inputs(config, devices.chosen())
             run.check_inputs(found)
         got_to = max(run.log.last_round + 1, (summary or {}).get("diverged_round", 0))
         if summary and summary["rounds"] >= rounds and got_to > rounds:  # a trial that went on
             observers.skip(bar, rounds)
             return comparison.Result(method.name, seed, rate, comparison.cut(summary, rounds))
         with entry.user_errors():
-            ended = described.ended(run, config, devices=FLAGS.devices)
+            ended = described.ended(run, config, devices=devices.chosen())
         summary = ended.summary if ended else summary
         if summary and "diverged_round" in summary:
             observers.skip(bar, rounds)

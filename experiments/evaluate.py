@@ -26,7 +26,7 @@ from zofl_jax.configuration.texts import without_encoding
 from zofl_jax.core import Params
 from zofl_jax.runs.directory import read_flags
 
-from . import entry
+from . import devices, entry
 from . import flags as settings
 
 flags.DEFINE_string("workdir", None, "Run directory; the untrained model unless given.")
@@ -89,7 +89,7 @@ def _untrained() -> tuple[Experiment, Params, str]:
             "before a run: give --workdir"
         )
     with entry.user_errors():
-        experiment = build(config)
+        experiment = build(config, devices.chosen())
     params = experiment.task.init(keys.root(config.seed, config.prng_impl).init)
     shots = f"{config.shots} shots" if config.shots else "zero-shot"
     return experiment, params, f"{config.model}, {shots}"
@@ -108,7 +108,7 @@ def _trained() -> tuple[Experiment, Params, str]:
     with entry.user_errors():
         own = Config.from_flat(values)
         changed = own.replace(**{name: given[name] for name in EVALUATION_FLAGS if name in given})
-        experiment = build(changed)
+        experiment = build(changed, devices.chosen())
     if changed != own:
         known = experiment.inputs
         experiment = experiment._replace(inputs=lambda: without_encoding(known()))

@@ -17,7 +17,7 @@ from zofl_jax.configuration.experiment import build, rebuild
 from zofl_jax.core import Params
 from zofl_jax.runs.directory import read_flags
 
-from . import entry
+from . import devices, entry
 
 flags.DEFINE_string("workdir", None, "Run directory.", required=True)
 flags.DEFINE_string("out", None, "Folder to write; it must not exist or be empty.", required=True)
@@ -47,7 +47,7 @@ def main() -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise entry.UserError(f"--out={out} exists and is not an empty folder; name another")
     with entry.user_errors():
-        experiment = build(config)
+        experiment = build(config, devices.chosen())
     assert experiment.language is not None
     state, done, _ = rebuild(workdir, experiment, FLAGS.round, nearest=True, note=entry.note)
     model = experiment.language.model

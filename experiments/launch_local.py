@@ -7,6 +7,7 @@ process fails, the others are ended and its status is that of this command.
 """
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -56,8 +57,10 @@ def _process(
         f"--coordinator=127.0.0.1:{port}",
         f"--num_processes={FLAGS.processes}",
         f"--process_id={index}",
-        f"--devices={FLAGS.devices_per_process}",
     ]
+    # A mesh says itself which devices are used; on a CPU a process has as many as it is told.
+    if not any(argument.lstrip("-").startswith("mesh=") for argument in arguments):
+        command.append(f"--devices={FLAGS.devices_per_process}")
     # In a session of its own a process gets Ctrl-C once, from here, and not from the terminal too.
     process = subprocess.Popen(
         command,
@@ -65,6 +68,7 @@ def _process(
         stdout=output if index else None,
         stderr=subprocess.STDOUT if index else None,
         start_new_session=True,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(FLAGS.devices_per_process)},
     )
     return _killed_at_the_end(process)
 

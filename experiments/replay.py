@@ -20,7 +20,7 @@ from zofl_jax.engine import rounds
 from zofl_jax.runs import recording
 from zofl_jax.runs.directory import open_run, read_flags
 
-from . import entry
+from . import devices, entry
 
 flags.DEFINE_string("workdir", None, "Run directory.", required=True)
 flags.DEFINE_integer("round", None, "Rounds done; the last logged one unless given.")
@@ -35,7 +35,7 @@ def main() -> None:
     values = read_flags(workdir)
     with entry.user_errors():
         config = Config.from_flat(values)
-        experiment = build(config)
+        experiment = build(config, devices.chosen())
     state, done, same = rebuild(workdir, experiment, FLAGS.round, note=entry.note)
     metrics = experiment.simulator.evaluate(state.params)
     print(

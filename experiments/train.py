@@ -20,7 +20,7 @@ from zofl_jax.runs.directory import Run, open_run, read_flags
 from zofl_jax.tasks import objectives
 from zofl_jax.training import described, loop, observers
 
-from . import distributed, entry, report, tuning
+from . import devices, distributed, entry, report, tuning
 from . import flags as settings
 
 flags.DEFINE_string(
@@ -28,13 +28,6 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("tensorboard", False, "Write TensorBoard events to WORKDIR/tensorboard.")
 flags.DEFINE_bool("progress", True, "Show a progress bar.")
-flags.DEFINE_integer(
-    "devices",
-    None,
-    "Devices that the clients of a round are shared out over. Unless given, all accelerators; on a "
-    "CPU its cores for convolutional models, 1 for others. With --distributed, of each process.",
-    lower_bound=1,
-)
 flags.DEFINE_bool(
     "auto_lr",
     False,
@@ -66,7 +59,7 @@ def main() -> None:
                 "it as --learning_rate"
             )
         distributed.run(
-            {**flags_of_run, "devices": FLAGS.devices},
+            {**flags_of_run, "devices": FLAGS.devices, "mesh": FLAGS.mesh},
             lead=lambda team: _main(config, team),
             simulator=lambda: built(config).simulator,
         )
@@ -83,7 +76,7 @@ def _main(config: Config, team: Team | None = None) -> None:
     config, flags_of_run = resumed(config, workdir)
     with open_run(workdir, flags_of_run, described.MAY_CHANGE) as run:
         with entry.user_errors():
-            ended = described.ended(run, config, experiment, FLAGS.devices)
+            ended = described.ended(run, config, experiment, devices.chosen())
         if ended:
             print(f"The run in {run.path} is complete; give more --rounds to go on.\n")
         outcome = ended or train(
@@ -101,13 +94,13 @@ def _main(config: Config, team: Team | None = None) -> None:
 
 
 def built(config: Config, team: Team | None = None) -> Experiment:
-    """Returns what a config describes, on --devices.
+    """Returns what a config describes, on --devices or --mesh.
 
     Raises:
       UserError: if it can't be built.
     """
     with entry.user_errors():
-        return build(config, FLAGS.devices, team)
+        return build(config, devices.chosen(), team)
 
 
 def train(
@@ -173,10 +166,10 @@ def _at_probed_rate(
         f"--auto_lr tries learning rates for {tuning.probe_rounds(config)} rounds each, from "
         f"{config.learning_rate:.3g} on"
     )
-    probed = tuning.probe(config, experiment, FLAGS.devices)
+    probed = tuning.probe(config, experiment, devices.chosen())
     entry.note(probed.sentence)
     config = config.replace(learning_rate=probed.learning_rate)
-    return config, at_learning_rate(experiment, config, FLAGS.devices)
+    return config, at_learning_rate(experiment, config, devices.chosen())
 
 
 def _rate_advice(config: Config) -> str:

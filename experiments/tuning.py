@@ -32,7 +32,7 @@ import jax
 import numpy as np
 
 from zofl_jax.configuration.config import Config
-from zofl_jax.configuration.experiment import Experiment, at_learning_rate
+from zofl_jax.configuration.experiment import Devices, Experiment, at_learning_rate
 from zofl_jax.core import Params, Task
 from zofl_jax.engine import compilation, simulation
 
@@ -124,7 +124,7 @@ def probe_rounds(config: Config) -> int:
     return min(config.rounds, max(LEAST_ROUNDS, math.ceil(config.rounds / times + start)))
 
 
-def probe(config: Config, experiment: Experiment, devices: int | None = None) -> Probe:
+def probe(config: Config, experiment: Experiment, devices: Devices = None) -> Probe:
     """Returns the learning rate to take.
 
     Args:

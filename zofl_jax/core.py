@@ -23,6 +23,8 @@ Broadcast = Any  # a tree of arrays: the message of the server
 
 LossFn = Callable[[Params, Batch], Array]  # -> mean loss over the batch, []
 MetricsFn = Callable[[Params, Batch], dict[str, Array]]  # -> one value an example, [B]
+Layout = Callable[[Params, int], Any]
+"""(params or their shapes, m) -> a tree like them: the axis that m devices split, or None."""
 
 Weighting = Literal["uniform", "examples"]
 """The cohort's mean is uniform, or weighted by the clients' examples."""
@@ -285,6 +287,8 @@ class Task(NamedTuple):
         example; the evaluation averages them over `test`.
       train: the clients' data.
       test: the central test set, a tree of arrays [n, ...].
+      layout: how devices that hold the params together split them; None for any model, where
+        each matrix is split along its largest axis.
     """
 
     name: str
@@ -293,3 +297,4 @@ class Task(NamedTuple):
     metrics: MetricsFn
     train: ClientData
     test: Batch
+    layout: Layout | None = None

@@ -50,7 +50,11 @@ class Experiment(NamedTuple):
         return (*self.notes, *own)
 
 
-def build(config: Config, devices: int | None = None, team: Team | None = None) -> Experiment:
+Devices = int | placement.Shape | None
+"""How many devices clients are shared out over, or the shape of a mesh; None for what is usual."""
+
+
+def build(config: Config, devices: Devices = None, team: Team | None = None) -> Experiment:
     """Returns the task and the simulator that flags describe.
 
     Args:
@@ -58,7 +62,8 @@ def build(config: Config, devices: int | None = None, team: Team | None = None) 
       devices: how many devices the cohort is shared out over. Unless given, all accelerators;
         on a CPU as many as it has cores for convolutional models, which use one thread a
         device, and one for others, whose products use all cores. Of each process, where there
-        are several.
+        are several. A shape gives the groups of clients, and the devices of a group, which hold
+        the params together, over all processes.
       team: the processes that this one leads; None if there are no others.
 
     Raises:
@@ -66,7 +71,8 @@ def build(config: Config, devices: int | None = None, team: Team | None = None) 
       ImportError: where an extra of the package is missing.
     """
     mesh = _mesh(config, devices)
-    prepared = _prepare(config)
+    with placement.Placement(mesh).starting():
+        prepared = _prepare(config)
     simulator = _simulator(config, prepared.task, mesh)
     if team:
         simulator = team.lead(simulator)
@@ -82,7 +88,7 @@ def build(config: Config, devices: int | None = None, team: Team | None = None) 
     )
 
 
-def inputs(config: Config, devices: int | None = None) -> fingerprints.Fingerprints:
+def inputs(config: Config, devices: Devices = None) -> fingerprints.Fingerprints:
     """Returns the fingerprints of what `build` reads, without building a simulator.
 
     Raises:
@@ -178,7 +184,7 @@ def _notes(config: Config, simulator: simulation.Simulator) -> tuple[str, ...]:
     )
 
 
-def at_learning_rate(experiment: Experiment, config: Config, devices: int | None) -> Experiment:
+def at_learning_rate(experiment: Experiment, config: Config, devices: Devices) -> Experiment:
     """Returns an experiment at another learning rate, that of `config`, with the same data.
 
     Both share compiled functions through the compilation cache.
@@ -281,7 +287,9 @@ def _clients_at_once(config: Config, task: Task, root: keys.RootKeys) -> int:
     return 0 if fitting >= config.clients_per_round else fitting
 
 
-def _mesh(config: Config, devices: int | None) -> Mesh | None:
+def _mesh(config: Config, devices: Devices) -> Mesh | None:
+    if isinstance(devices, placement.Shape):
+        return _mesh_of(devices)
     one = devices is None and not convolutional(config)
     placement.use_cpu_devices(1 if one else devices)
     found = jax.local_devices()  # as many in each process, see `processes.join`
@@ -292,6 +300,16 @@ def _mesh(config: Config, devices: int | None) -> Mesh | None:
     wanted = len(found) if devices is None else devices
     busy = math.ceil(config.clients_per_round / jax.process_count())
     return placement.clients_mesh(placement.devices_of_each_process(min(wanted, busy)))
+
+
+def _mesh_of(shape: placement.Shape) -> Mesh | None:
+    """Returns the mesh of a shape, over the devices of all processes."""
+    placement.use_cpu_devices(None if shape.clients is None else shape.clients * shape.model)
+    devices = placement.devices_of_each_process(len(jax.local_devices()))
+    try:
+        return placement.make_mesh(*shape, devices)
+    except ValueError as error:
+        raise ValueError(f"--mesh: {error}") from error
 
 
 def convolutional(config: Config) -> bool:

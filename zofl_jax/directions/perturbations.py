@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zofl_jax import keys
+from zofl_jax import keys, platforms
 from zofl_jax.core import Array, Params, PRNGKey
 from zofl_jax.directions import generators, sums
 
@@ -144,6 +144,11 @@ def _independent(draw: Draw) -> Perturbation:
                     key, scalar = key_and_scalar
                     return total + jnp.asarray(scalar, x.dtype) * draw(key, shape, x.dtype), None
 
+                if not platforms.current().cached:
+                    # As one sum over generated numbers, which is a kernel without memory.
+                    drawn = jax.vmap(lambda key: draw(key, shape, x.dtype))(block_keys)
+                    beside = scalars.reshape(-1, *[1] * len(shape)).astype(x.dtype)
+                    return jnp.sum(beside * drawn, axis=0)
                 zeros = jnp.zeros(shape, x.dtype)
                 return jax.lax.scan(add_direction, zeros, (block_keys, scalars))[0]
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from zofl_jax import keys
+from zofl_jax import keys, platforms
 from zofl_jax.core import Array, PRNGKey
 
 Side = Literal["stack", "left", "right"]
@@ -242,7 +242,7 @@ def in_blocks(
         derive = keys.block_key if leaf_keys.ndim == 0 else jax.vmap(keys.block_key, (0, None))
         return in_blocks(fn, derive(leaf_keys, i), part, False)
 
-    if math.prod(shape) <= BLOCK:
+    if math.prod(shape) <= BLOCK or not platforms.current().cached:
         return jax.vmap(block)(jnp.arange(blocks, dtype=jnp.uint32)).reshape(shape)
     made = jax.eval_shape(block, jnp.zeros((), jnp.uint32))
     # Filled with a word of the leaf's own, to be overwritten: leaves of one shape would start from

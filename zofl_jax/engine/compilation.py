@@ -11,10 +11,14 @@ import jax
 
 from zofl_jax.core import Array, Batch, Params
 from zofl_jax.directions import jaxprs
+from zofl_jax.engine import placement
 
 
 def compiled(
-    fn: Callable[..., Any], args: tuple[Any, ...], donate: tuple[int, ...] = ()
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    donate: tuple[int, ...] = (),
+    where: placement.Placement = placement.ONE_DEVICE,
 ) -> Callable[..., Any]:
     """Returns `fn` compiled for arguments like `args`.
 
@@ -26,14 +30,16 @@ def compiled(
       fn: a traceable function; an inner `jax.jit` keeps what it closes over itself.
       args: trees of arrays, or of `jax.ShapeDtypeStruct`s.
       donate: which of `args` may be overwritten.
+      where: the devices that `args` are on.
 
     >>> import jax.numpy as jnp
     >>> weights = jnp.ones((2, 2))
     >>> compiled(lambda x: x @ weights, (jnp.ones(2),))(jnp.arange(2.0)).tolist()
     [1.0, 1.0]
     """
-    program, treedef = jaxprs.trace(fn, *args)
-    arrays = list(program.consts)
+    with where.tracing():
+        program, treedef = jaxprs.trace(fn, *args)
+    arrays = [where.closed_over(x) for x in program.consts]
 
     def with_arrays(arrays: list[Array], *args: Any) -> Any:
         with_them = program._replace(consts=arrays)
@@ -76,11 +82,18 @@ class Compiler:
         self.seconds: list[float] = []  # of each compilation
         self._compiled: dict[Any, Callable] = {}
 
-    def call(self, name: Any, fn: Callable, args: tuple, donate: tuple[int, ...] = ()) -> Any:
+    def call(
+        self,
+        name: Any,
+        fn: Callable,
+        args: tuple,
+        donate: tuple[int, ...] = (),
+        where: placement.Placement = placement.ONE_DEVICE,
+    ) -> Any:
         """Returns fn(*args); `name` stands for `fn` and for the shapes of `args`."""
         if name not in self._compiled:
             began = time.perf_counter()
-            self._compiled[name] = compiled(fn, args, donate)
+            self._compiled[name] = compiled(fn, args, donate, where)
             self.seconds.append(time.perf_counter() - began)
         return self._compiled[name](*args)
 

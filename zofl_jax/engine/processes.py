@@ -19,7 +19,7 @@ with the leader's state, so the others need no run directory.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,9 @@ WORD_BYTES = 8192
 """Of the message that each process sends before each dispatch."""
 
 _PROBLEM_CHARACTERS = 1000
+
+_TOGETHER = ("measure", "fingerprint", "readable")
+"""What processes do together where params are split over them, beside rounds."""
 
 
 class ProcessError(RuntimeError):
@@ -144,7 +147,8 @@ class Team:
         """Returns the simulator whose rounds the other processes take part in.
 
         Its `launch` raises ProcessError if another process failed, and KeyboardInterrupt if one
-        was asked to stop, in all processes.
+        was asked to stop, in all processes. Where params are split over processes, they evaluate
+        and read the state together too.
         """
         sent = False
 
@@ -161,7 +165,20 @@ class Team:
             with self._in_step():
                 return simulator.land(flight)
 
-        return simulator.wrapped(launch=launch, land=land)
+        if not simulator.placement.splits_processes:
+            return simulator.wrapped(launch=launch, land=land)
+
+        def together(task: str) -> Callable[[Any], Any]:
+            def do(tree: Any) -> Any:
+                self._agree(0, task=task)
+                with self._in_step():
+                    return getattr(simulator, task)(tree if sent else _from_leader(tree))
+
+            return do
+
+        return simulator.wrapped(
+            launch=launch, land=land, **{task: together(task) for task in _TOGETHER}
+        )
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
@@ -184,26 +201,31 @@ class Team:
         """
         state, memory, *_ = simulator.start(None)
         started = False
-        while n := self._agree(0):
+        while n_or_task := self._agree(0):
             with self._in_step():
+                if isinstance(n_or_task, str):
+                    tree = (state, memory) if n_or_task == "readable" else state.params
+                    getattr(simulator, n_or_task)(tree if started else _from_leader(tree))
+                    continue
                 if not started:
                     state, memory = _from_leader((state, memory))
                     started = True
-                state, memory, _ = simulator.advance(state, memory, n)
+                state, memory, _ = simulator.advance(state, memory, n_or_task)
 
     def fail(self, problem: str) -> None:
         """Tells the others, at their next exchange, why this process can't take part."""
         with contextlib.suppress(ProcessError, KeyboardInterrupt):
             self._agree(0, problem)
 
-    def _agree(self, n: int, problem: str | None = None) -> int:
-        """Returns the leader's number of rounds, 0 at the end."""
+    def _agree(self, n: int, problem: str | None = None, task: str | None = None) -> int | str:
+        """Returns the leader's number of rounds, or what else all do; 0 at the end."""
         problem = problem and problem[:_PROBLEM_CHARACTERS]
-        words = self._exchange({"rounds": n, "stop": self._stop, "problem": problem})
-        rounds = words[0]["rounds"]
+        word = {"rounds": n, "stop": self._stop, "problem": problem, "task": task}
+        words = self._exchange(word)
+        rounds = words[0]["rounds"] or words[0]["task"] or 0
         problems = [(i, said["problem"]) for i, said in enumerate(words) if said["problem"]]
         # Who asks to stop when all is done is late.
-        stop = words[0]["stop"] or (rounds > 0 and any(said["stop"] for said in words))
+        stop = words[0]["stop"] or (words[0]["rounds"] and any(said["stop"] for said in words))
         self._ended = bool(rounds == 0 or problems or stop)
         if problems:
             raise ProcessError(f"process {problems[0][0]}: {problems[0][1]}")

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from zofl_jax import keys
 from zofl_jax.conditions import aggregation, attacks, participation
@@ -98,18 +97,18 @@ def make_advance(
     clients_per_round: int,
     batch_size: int,
     weighting: Weighting,
-    mesh: Mesh | None = None,
+    where: placement.Placement = placement.ONE_DEVICE,
     rounds_at_most: int = CAPACITY,
     conditions: Conditions = IDEAL,
 ) -> Callable[..., Loop]:
     """Returns (state, memory, train, root, limit) -> Loop: up to `limit` rounds.
 
-    The clients are shared out over the devices of `mesh`; buffers hold `rounds_at_most` rounds.
+    The clients are shared out over the devices of `where`; buffers hold `rounds_at_most` rounds.
     `memory` is what `carried` makes of the algorithm: the clients' alone, or with late uploads.
     """
     everyone = participation.everyone(task.train.num_clients, clients_per_round)
     exchange = _make_exchange(
-        algorithm, batch_size, weighting, mesh, conditions.attend or everyone, conditions
+        algorithm, batch_size, weighting, where, conditions.attend or everyone, conditions
     )
 
     def advance(
@@ -118,20 +117,17 @@ def make_advance(
         def body(loop: Loop) -> Loop:
             record, memory, healthy = exchange(loop.state, loop.memory, train, root)
             key = keys.round_key(root.shared, loop.state.round)
-            return Loop(
-                loop.done + healthy,
-                _server_if(healthy, algorithm, key, loop.state, record.broadcast),
-                memory,
-                jax.tree.map(lambda b, x: b.at[loop.done].set(x), loop.records, record),
-                healthy,
-                record.loss,
-            )
+            after = _server_if(healthy, algorithm, key, loop.state, record.broadcast)
+            records = jax.tree.map(lambda b, x: b.at[loop.done].set(x), loop.records, record)
+            after, memory, records = where.settled((after, memory, records), after.params)
+            return Loop(loop.done + healthy, after, memory, records, healthy, record.loss)
 
         record, _, _ = jax.eval_shape(exchange, state, memory, train, root)
         buffers = jax.tree.map(lambda x: jnp.zeros((rounds_at_most, *x.shape), x.dtype), record)
         loss = jnp.zeros((), record.loss.dtype)
         start = Loop(jnp.zeros((), jnp.int32), state, memory, buffers, jnp.ones((), bool), loss)
-        return jax.lax.while_loop(lambda c: (c.done < limit) & c.healthy, body, start)
+        end = jax.lax.while_loop(lambda c: (c.done < limit) & c.healthy, body, start)
+        return where.settled(end, state.params)
 
     return advance
 
@@ -140,7 +136,7 @@ def _make_exchange(
     algorithm: Algorithm,
     batch_size: int,
     weighting: Weighting,
-    mesh: Mesh | None,
+    where: placement.Placement,
     attend: participation.Attend,
     conditions: Conditions,
 ) -> Callable[..., tuple[RoundRecord, Any, Array]]:
@@ -160,11 +156,11 @@ def _make_exchange(
         r = state.round
         attendance = attend(root, r)
         cohort = attendance.cohort
-        batches = _batches_of(cohort, r, train, root, batch_size, algorithm.local_steps, mesh)
+        batches = _batches_of(cohort, r, train, root, batch_size, algorithm.local_steps, where)
         batches = _tampered_batches(adversary, cohort, batches)
         own_keys = jax.vmap(lambda c: keys.own_key(root.own, r, c))(cohort)
         before = _of_cohort(keeps.clients(memory), cohort)
-        results = placement.over_devices(clients, mesh)(
+        results = where.over_devices(clients, state.params)(
             (keys.round_key(root.shared, r), state), (before, batches, own_keys)
         )
         # What is sent, and which of it is good.
@@ -270,14 +266,14 @@ def _batches_of(
     root: keys.RootKeys,
     batch_size: int,
     local_steps: int,
-    mesh: Mesh | None,
+    where: placement.Placement,
 ) -> Batches:
     """Returns each client's own draw from its data, a tree of arrays [C, K, B, ...]."""
     batch_keys = jax.vmap(lambda c: keys.batch_key(root.batches, round_index, c))(cohort)
     chosen = jax.vmap(
         lambda key, c: data_batches.sampled_indices(key, train, c, batch_size, local_steps)
     )(batch_keys, cohort)
-    return placement.take(train.examples, chosen, mesh)
+    return where.take(train.examples, chosen)
 
 
 def _tampered_batches(

@@ -19,8 +19,7 @@ import numpy as np
 
 from zofl_jax.conditions import participation
 from zofl_jax.core import Array, Phase, ServerState
-from zofl_jax.engine import ledger, placement
-from zofl_jax.engine import rounds as traced
+from zofl_jax.engine import ledger
 from zofl_jax.engine.progress import Diverged, Progress, Record, Trace
 from zofl_jax.engine.simulator import Flight, Simulator, as_phases, make_simulator, phase_at
 
@@ -91,6 +90,7 @@ def run(
             later.callback(books.record, done, jax.block_until_ready(metrics))
         if done >= rounds:
             later.close()
+            state, memory = simulator.readable((state, memory))
             return books.progress(state, memory, seconds)
 
         phase = phase_at(simulator.phases, done)
@@ -107,13 +107,15 @@ def run(
             dispatch *= 2
 
         done += len(trace.losses)
-        mark = traced.fingerprint(placement.own_copy(state.params)) if on_rounds else None
-        now = books.progress(state, memory, seconds, mark)
+        mark = simulator.fingerprint(state.params) if on_rounds else None
+        read = on_rounds is not None and reads_state(done)
+        seen, kept = simulator.readable((state, memory)) if read else (state, memory)
+        now = books.progress(seen, kept, seconds, mark)
         later.callback(books.count, trace, now, simulator.sizes[phase])
         if trace.failed_loss is not None:
             later.close()
             raise Diverged(done, trace.failed_loss, now)
-        if on_rounds and reads_state(done):
+        if read:
             later.close()
 
 

@@ -35,6 +35,7 @@ from zofl_jax.data import batches as data_batches
 from zofl_jax.data import partition
 from zofl_jax.engine import carried, compilation, fitting, ledger, placement
 from zofl_jax.engine import rounds as traced
+from zofl_jax.engine.placement import Placement
 from zofl_jax.engine.progress import Progress, Trace
 
 
@@ -69,7 +70,8 @@ def make_simulator(
       prng_impl: generator of the shared directions, see `keys.root`.
       weighting: the cohort's mean is uniform, or weighted by the clients' examples.
       eval_batch_size: test examples evaluated at once.
-      mesh: devices that the cohort is shared out over, see `placement`; one unless given.
+      mesh: devices that clients are shared out over and params split over, see `placement`;
+        one unless given.
       conditions: who is there, who is malicious, which messages are rejected.
 
     Raises:
@@ -91,7 +93,8 @@ def make_simulator(
     )
     fitting.check(phases, setting)
     _warn_of_narrow_params(phases, task, root)
-    return Simulator(phases, task, root, setting, eval_batch_size, mesh, conditions)
+    where = Placement(mesh, task.layout)
+    return Simulator(phases, task, root, setting, eval_batch_size, where, conditions)
 
 
 class Simulator:
@@ -103,7 +106,7 @@ class Simulator:
       sizes: the ledger's message sizes in each phase.
       broadcasts: the shapes and dtypes of a broadcast in each phase.
       capacities: the most rounds in one dispatch in each phase, `rounds.CAPACITY` or fewer.
-      num_devices: that the cohort is shared out over.
+      placement: the devices that rounds run on, and what lies where.
       conditions: under which rounds run.
       epsilon: ledger -> ε spent so far; None where no algorithm accounts for it.
     """
@@ -115,7 +118,7 @@ class Simulator:
     sizes: tuple[ledger.MessageSizes, ...]
     broadcasts: tuple[Any, ...]
     capacities: tuple[int, ...]
-    num_devices: int
+    placement: Placement
     conditions: traced.Conditions
     epsilon: Callable[[ledger.Ledger], float] | None
 
@@ -126,15 +129,14 @@ class Simulator:
         root: keys.RootKeys,
         setting: fitting.Setting,
         eval_batch_size: int,
-        mesh: Mesh | None,
+        where: Placement,
         conditions: traced.Conditions,
     ):
         """Takes what `make_simulator` has checked."""
         self.task, self.root, self.phases, self.conditions = task, root, phases, conditions
-        self.num_devices = 1 if mesh is None else mesh.size
         self.epsilon = fitting.epsilon(phases, setting)
         # All but the rounds is each process's own business.
-        self.setting, self._mesh, self._own_mesh = setting, mesh, placement.own_part(mesh)
+        self.setting, self.placement, self._own_part = setting, where, where.own_part()
         self._compiler = compilation.Compiler()
         self._carried = carried.of(phases[0].algorithm)
 
@@ -147,10 +149,11 @@ class Simulator:
         self.capacities = tuple(traced.capacity(shape.broadcast) for shape in shapes)
         self._upload = shapes[0].upload
 
-        self._train = placement.place_client_data(task.train, mesh)
-        self._placed_root = self._placed(root)
+        self._params = jax.eval_shape(precision.wide, params)
+        self._train = where.client_data(task.train)
+        self._placed_root = where.replicated(root)
         test = data_batches.evaluation_batches(task.test, eval_batch_size)
-        self._test = self._own(jax.device_put(test))  # and its mask
+        self._test = self._own_part.replicated(jax.device_put(test))  # and its mask
 
         attend = conditions.attend or participation.everyone(
             setting.num_clients, setting.clients_per_round
@@ -160,14 +163,17 @@ class Simulator:
 
     def start(self, params: Params | None = None) -> Progress:
         """Returns the progress at round 0, from these params, or those that `Task.init` draws."""
-        if params is None:
-            params = self.task.init(self.root.init)
         first, num_clients = self.phases[0].algorithm, self.setting.num_clients
-        clients = jax.tree.map(
-            lambda m: jnp.repeat(m[None], num_clients, axis=0), first.init_memory(params)
-        )
-        # A copy, since `advance` consumes the state it is given.
-        state = self._own(jax.tree.map(jnp.copy, first.init(params)))
+        with self.placement.starting():
+            if params is None:
+                params = self.task.init(self.root.init)
+            clients = jax.tree.map(
+                lambda m: jnp.repeat(m[None], num_clients, axis=0), first.init_memory(params)
+            )
+            # A copy, since `advance` consumes the state it is given.
+            state = jax.tree.map(jnp.copy, first.init(params))
+        if not self.placement.splits_processes:
+            state = self._own(state)
         memory = self._carried.start(clients, self._upload, self.setting.clients_per_round)
         return Progress(state, memory, ledger.Ledger(num_clients), [], [])
 
@@ -183,13 +189,14 @@ class Simulator:
             ("advance", phase),
             self._make_advance(phase),
             (
-                self._placed(state),
-                self._placed(memory),
+                self.placement.placed(state, self._params),
+                self.placement.placed(memory, self._params),
                 self._train,
                 self._placed_root,
                 np.int32(n),
             ),
             donate=(0, 1),
+            where=self.placement,
         )
         return Flight(first_round, loop)
 
@@ -218,13 +225,23 @@ class Simulator:
         *,
         launch: Callable[[ServerState, Any, int], Flight] | None = None,
         land: Callable[[Flight], tuple[ServerState, Any, Trace]] | None = None,
+        measure: Callable[[Params], dict[str, Array]] | None = None,
+        fingerprint: Callable[[Params], Array] | None = None,
+        readable: Callable[[Any], Any] | None = None,
     ) -> "Simulator":
-        """Returns the simulator with others in place of `launch` and `land`, which may call these.
+        """Returns the simulator with others in place of some of its methods, which may call these.
 
         Both share what is compiled.
         """
         other = copy.copy(self)
-        for name, function in (("launch", launch), ("land", land)):
+        given = {
+            "launch": launch,
+            "land": land,
+            "measure": measure,
+            "fingerprint": fingerprint,
+            "readable": readable,
+        }
+        for name, function in given.items():
             if function is not None:
                 setattr(other, name, function)
         return other
@@ -235,7 +252,20 @@ class Simulator:
         They are not waited for.
         """
         made = traced.make_evaluate(self.task)
-        return self._compiler.call("evaluate", made, (self._own(params), *self._test))
+        args = (self._own(params), *self._test)
+        return self._compiler.call("evaluate", made, args, where=self._own_part)
+
+    def fingerprint(self, params: Params) -> Array:
+        """Returns `rounds.fingerprint` of params after rounds, which is not waited for."""
+        together = self.placement.splits_processes
+        return traced.fingerprint(params if together else placement.own_copy(params))
+
+    def readable(self, tree: Any) -> Any:
+        """Returns a tree of a state or a memory as this process can read it.
+
+        Where params are split over processes, all of these must call it together.
+        """
+        return placement.gathered(placement.own_copy(tree))
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """Returns {"loss": ..., "accuracy": ...}, means over the test set."""
@@ -298,7 +328,7 @@ class Simulator:
             self.setting.clients_per_round,
             self.setting.batch_size,
             self.setting.weighting,
-            self._mesh,
+            self.placement,
             self.capacities[phase],
             self.conditions,
         )
@@ -316,6 +346,7 @@ class Simulator:
             traced.make_replay(self.phases[phase].algorithm, impl),
             (state, *buffers, np.int32(n)),
             donate=(0,),
+            where=self._own_part,
         )
         if int(state.round) != first_round + n:
             raise ValueError(
@@ -333,13 +364,9 @@ class Simulator:
             raise ValueError(f"rounds {first_round} to {last} cross into a new phase")
         return phase
 
-    def _placed(self, tree: Any) -> Any:
-        """Returns the tree on all devices that rounds run on."""
-        return placement.replicated(tree, self._mesh)
-
     def _own(self, tree: Any) -> Any:
-        """Returns the tree on this process's devices alone."""
-        return placement.replicated(placement.own_copy(tree), self._own_mesh)
+        """Returns a tree of params or a state on this process's devices, all if it needs them."""
+        return self._own_part.placed(placement.own_copy(tree), self._params)
 
 
 def as_phases(algorithm: Algorithm | Sequence[Phase]) -> tuple[Phase, ...]:

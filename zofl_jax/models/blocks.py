@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from zofl_jax import platforms
 from zofl_jax.core import Array, Params
 from zofl_jax.models.architectures import Config
 
@@ -133,7 +134,7 @@ def _product(config: Config, x: Array, matrix: Array) -> Array:
     On a CPU XLA has fast products of half-precision factors only where the result is float32.
     """
     dtype = jnp.dtype(config.matmul_dtype or x.dtype)
-    wide = config.matmul_dtype is not None or jax.default_backend() == "cpu"
+    wide = config.matmul_dtype is not None or platforms.current().platform == "cpu"
     result = jnp.float32 if wide and dtype.itemsize == 2 else None
     product = jnp.matmul(x.astype(dtype), matrix.astype(dtype), preferred_element_type=result)
     return product.astype(x.dtype)

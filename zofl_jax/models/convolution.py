@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 
+from zofl_jax import platforms
 from zofl_jax.core import Array
 
 Margins = tuple[tuple[int, int], tuple[int, int]]
@@ -42,7 +43,7 @@ def convolution(x: Array, kernel: Array, margins: Margins) -> Array:
     >>> convolution(x, kernel, ((1, 1), (0, 0))).shape
     (2, 4, 2, 5)
     """
-    own = _own if jax.default_backend() == "cpu" else None
+    own = _own if platforms.current().platform == "cpu" else None
     return (own or _plain)(x, kernel, margins=margins)
 
 

@@ -100,6 +100,45 @@ def init(config: Config, key: PRNGKey) -> Params:
     return jax.tree.map_with_path(leaf, keys.leaf_keys(key, spec), spec)
 
 
+def layout(config: Config, params: Params, size: int) -> Any:
+    """Returns the axis of each param that `size` devices split, a tree like params of int or None.
+
+    Heads and hidden units are shared out: a device has the columns of its own in q, k, v, gate and
+    up, and their rows in o and down, so that what a layer exchanges is two sums of its outputs
+    (Shoeybi et al. 2019, arXiv 1909.08053). Tables are split by words. Where heads can't be shared
+    out evenly a matrix is split along its other axis, which takes more traffic.
+
+    >>> from zofl_jax.models.architectures import named
+    >>> config = named("opt-1.3b")
+    >>> split = layout(config, shapes(config), 4)["layers"]
+    >>> split["attention"]["q"]["kernel"], split["attention"]["o"]["kernel"]
+    (2, 1)
+    """
+    whole = {
+        "q": config.num_heads % size == 0,
+        "o": config.num_heads % size == 0,
+        "k": config.num_kv_heads % size == 0,
+        "v": config.num_kv_heads % size == 0,
+    }
+
+    def axis(path: Any, leaf: Any) -> int | None:
+        *_, module, name = keys.path_name(path).split("/")
+        out, into = leaf.ndim - 1, leaf.ndim - 2
+        if name == "bias":
+            own = module in ("q", "k", "v", "gate", "up") and whole.get(module, True)
+            order = [out] if own else []
+        elif name == "embedding":
+            order = [into, out] if module != "positions" else []
+        elif name == "kernel":
+            order = [into, out] if module in ("o", "down") else [out, into]
+            order = order if whole.get(module, True) else order[::-1]
+        else:  # norms, adapters
+            order = []
+        return next((i for i in order if leaf.shape[i] % size == 0), None)
+
+    return jax.tree_util.tree_map_with_path(axis, params)
+
+
 def hidden(config: Config, params: Params, tokens: Array, mask: Array) -> Array:
     """Returns the features after the last layer and its norm, [B, T, D] in the compute dtype.
 

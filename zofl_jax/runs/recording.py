@@ -114,6 +114,12 @@ def restore(run: Run, simulator: Simulator) -> tuple[Progress, str | None]:
         # What stateful clients keep is in no message.
         notice = f"rounds {first} to {done - 1} are run again: clients' memory is not in the log."
         done = first
+    elif first < done and simulator.placement.splits_processes:
+        notice = (
+            f"rounds {first} to {done - 1} are run again: no process has the whole params to "
+            "replay them."
+        )
+        done = first
     elif first < done:
         replayed = _replay(run, simulator, state, done)
         if _differs(run, replayed):

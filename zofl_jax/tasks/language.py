@@ -10,6 +10,7 @@ verbalizer, one token, as the next one (Schick & Schütze 2021; Malladi et al. 2
 never see the others.
 """
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -316,6 +317,7 @@ def _task(
         metrics,
         partition.client_data(train, order, offsets),
         jax.tree.map(lambda x: x[by_length], test),
+        functools.partial(transformer.layout, model.config),
     )
     return task, by_length
 

@@ -32,7 +32,7 @@ def simulate(
     *,
     workdir: str | os.PathLike[str] | None = None,
     observers: Sequence[Observer] | None = None,
-    devices: int | None = None,
+    devices: experiments.Devices = None,
     tell: Callable[[str], None] = to_stderr,
     **settings: Any,
 ) -> loop.Outcome:
@@ -77,7 +77,7 @@ def ended(
     run: Run,
     config: Config,
     experiment: Experiment | None = None,
-    devices: int | None = None,
+    devices: experiments.Devices = None,
     tell: Callable[[str], None] = to_stderr,
 ) -> loop.Outcome | None:
     """Returns how a run ended, None if there are rounds to do; see `loop.ended`.

@@ -78,7 +78,7 @@ def summarise(
         "compile_seconds": simulator.compile_seconds(),
         "run_seconds": progress.run_seconds,
         "seconds_per_round": progress.run_seconds / max(rounds_done, 1),
-        "device": f"{jax.devices()[0].device_kind} x {simulator.num_devices}",
+        "device": f"{jax.devices()[0].device_kind} x {simulator.placement.num_devices}",
         "versions": versions(),
     }
 
