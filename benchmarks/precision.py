@@ -1,6 +1,7 @@
 """Compares ways to keep the params of a run: learning curves, memory and time of each.
 
     python -m benchmarks.precision --out=benchmarks/results/precision.json
+    python -m benchmarks.precision --case=small_rate --out=benchmarks/results/precision_5e-6.json
 
     float32     computed and kept in float32
     bfloat16    computed in bfloat16, kept in float32: what the library does (`precision.py`)
@@ -11,12 +12,13 @@ DeComFL trains a decoder of 22,688 params to say which of four words is in a row
 rate whose updates are far below the spacing of the params in bfloat16. The curves take about two
 minutes on two cores. Memory is the compiler's account of a round of SmolLM2-135M's shape with 2
 clients, beyond the data; the seconds are of a round of a decoder of six million params, by turns.
+`--case=small_rate` makes the curves alone, of a decoder of 28,768 params at 5e-6.
 """
 
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,23 +35,57 @@ from zofl_jax.engine import compilation, placement, rounds, simulation
 from zofl_jax.models import architectures, transformer
 
 WAYS = ("float32", "bfloat16", "rounded", "stochastic")
-RATE, ROUNDS, RECORDS = 1e-4, 4000, 10
+RECORDS = 10
 DIRECTIONS = 5
-WORDS = 64  # in the vocabulary; the label says from which half of those below `MARKS` one is
-MARKS = 4
-LENGTH = 6
 CLIENTS = 8
+WIDTH = 32
+
+
+class Case(NamedTuple):
+    """A decoder, its task and its run.
+
+    Attributes:
+      rate, rounds: of the run.
+      words: of the vocabulary.
+      marks: so many of them are marks; the label says from which half of these one is.
+      length: of a row of words, one of which is a mark.
+      heads: of keys and values; as many again of queries where `shared`.
+      shared: whether two heads of queries share one of keys and values.
+      enlarged: how often as large as `transformer.init` makes them the weights are.
+      sharp: the scale of the last norm, which the scores grow with, and the steps.
+    """
+
+    rate: float
+    rounds: int
+    words: int
+    marks: int
+    length: int
+    heads: int
+    shared: bool
+    enlarged: float
+    sharp: float
+
+
+CASES = {
+    # Larger weights than those of `transformer.init`, as beside the small updates of fine-tuning.
+    "words": Case(1e-4, 4000, 64, 4, 6, heads=2, shared=False, enlarged=8.0, sharp=1.0),
+    # Sharp scores, so that 2,000 rounds at so small a rate teach something. The rate is that of Li
+    # et al. 2025 (arXiv 2405.15861) for OPT-125M.
+    "small_rate": Case(5e-6, 2000, 318, 4, 2, heads=2, shared=True, enlarged=8.0, sharp=4.0),
+}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints and saves."""
     made = measuring.parser(__doc__)
     made.add_argument("--seeds", type=int, default=1, help="of the curves")
+    made.add_argument("--case", choices=CASES, default="words", help="what the curves are of")
     options = made.parse_args(argv)
     measuring.check_repeats(made, options)
     placement.use_cpu_devices(1)
+    case = CASES[options.case]
     result: dict[str, Any] = {
-        "rate": RATE,
+        "rate": case.rate,
         "num_perturbations": DIRECTIONS,
         "curves": {},
         "costs": {},
@@ -60,9 +96,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         warnings.filterwarnings("ignore", "this algorithm keeps its params in bfloat16")
         for way in WAYS:
             seeds = range(options.seeds)
-            result["curves"][way] = [curve(way, seed, options.smoke) for seed in seeds]
+            result["curves"][way] = [curve(way, seed, options.smoke, case) for seed in seeds]
             measuring.report(result, options.out)
-        for variant in ("gaussian", "low_rank"):
+        for variant in ("gaussian", "low_rank") if options.case == "words" else ():
             result["costs"][variant] = costs(variant, options.repeats, options.smoke)
             measuring.report(result, options.out)
     return result
@@ -109,16 +145,16 @@ def method(way: str, loss: LossFn, rate: float) -> Algorithm:
     return kept(way, decomfl(loss, estimator, optax.sgd(rate)), estimator, rate)
 
 
-def curve(way: str, seed: int, smoke: bool) -> dict[str, Any]:
+def curve(way: str, seed: int, smoke: bool, case: Case = CASES["words"]) -> dict[str, Any]:
     """Returns accuracy and loss by round, how far the params went, and seconds of the rounds."""
     simulator = simulation.make_simulator(
-        method(way, (task := words_task(way)).loss, RATE),
+        method(way, (task := words_task(way, case)).loss, case.rate),
         task,
         clients_per_round=2,
         batch_size=16,
         seed=seed,
     )
-    count = RECORDS if smoke else ROUNDS
+    count = RECORDS if smoke else case.rounds
     start = _flat(simulator.start(None).state.params)
     progress = simulation.run(simulator, rounds=count, eval_every=count // RECORDS)
     moved = _flat(progress.state.params) - start
@@ -134,33 +170,34 @@ def curve(way: str, seed: int, smoke: bool) -> dict[str, Any]:
     }
 
 
-def words_task(way: str) -> Task:
+def words_task(way: str, case: Case) -> Task:
     """Returns the task of telling which half of the marks the one in a row of words is from."""
+    num_heads = case.heads * (2 if case.shared else 1)
     config = architectures.named(
         "smollm2-135m",
         num_layers=2,
-        vocab_size=WORDS,
-        width=32,
+        vocab_size=case.words,
+        width=WIDTH,
         mlp_width=64,
-        head_dim=16,
-        num_heads=2,
-        num_kv_heads=2,
+        head_dim=WIDTH // num_heads,
+        num_heads=num_heads,
+        num_kv_heads=case.heads,
         **dtypes(way),
     )
     random = np.random.default_rng(0)
 
     def examples(count: int) -> dict[str, np.ndarray]:
-        tokens = random.integers(MARKS, WORDS, (count, LENGTH), np.int32)
-        marks = random.integers(0, MARKS, count, np.int32)
-        tokens[np.arange(count), random.integers(0, LENGTH, count)] = marks
-        return {"tokens": tokens, "label": (marks >= MARKS // 2).astype(np.int32)}
+        tokens = random.integers(case.marks, case.words, (count, case.length), np.int32)
+        marks = random.integers(0, case.marks, count, np.int32)
+        tokens[np.arange(count), random.integers(0, case.length, count)] = marks
+        return {"tokens": tokens, "label": (marks >= case.marks // 2).astype(np.int32)}
 
     def init(key: PRNGKey) -> Params:
-        # Larger than `transformer.init` makes them, as beside the small updates of fine-tuning.
         drawn = transformer.init(dataclasses.replace(config, param_dtype="float32"), key)
 
         def leaf(path: tuple[Any, ...], x: Array) -> Array:
-            enlarged = x if path[-1].key == "scale" else 8 * x
+            scale = case.sharp if path[0].key == "final_norm" else 1.0
+            enlarged = scale * x if path[-1].key == "scale" else case.enlarged * x
             # All ways start from the same numbers.
             return enlarged.astype(jnp.bfloat16).astype(config.param_dtype)
 

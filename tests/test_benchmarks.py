@@ -118,6 +118,17 @@ def test_params_rounded_at_random_move_further_than_those_rounded_to_the_nearest
     assert rounded["distance"] < at_random["distance"]
 
 
+@pytest.mark.parametrize(("name", "size"), [("words", 22_688), ("small_rate", 28_768)])
+def test_the_decoders_whose_precision_is_measured(name, size):
+    case = precision.CASES[name]
+    task = precision.words_task("float32", case)
+    shapes = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
+    assert sum(leaf.size for leaf in shapes) == size
+    marks = task.test["tokens"] < case.marks
+    assert (marks.sum(axis=1) == 1).all()
+    np.testing.assert_array_equal(task.test["tokens"][marks] >= case.marks // 2, task.test["label"])
+
+
 @pytest.mark.optimized  # threefry4x32, of which else nothing is left but recomputation
 def test_generators_rates(tmp_path):
     result = run(generators, tmp_path)

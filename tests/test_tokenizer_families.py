@@ -1,4 +1,7 @@
-"""Ids and logits of each family from a folder, a GGUF file and an export: those of transformers."""
+"""Each family from a folder, a GGUF file and an export, beside transformers.
+
+Ids of texts, logits, and what is written greedily are the same.
+"""
 
 import json
 from typing import Any, NamedTuple
@@ -20,12 +23,13 @@ from tokenizers import (  # noqa: E402
     processors,
 )
 
+from zofl_jax.models import generation, transformer, weights  # noqa: E402
 from zofl_jax.models import tokenizers as tokenizers_  # noqa: E402
-from zofl_jax.models import transformer, weights  # noqa: E402
 from zofl_jax.tasks import encoding, language, prompts  # noqa: E402
 
+apply = jax.jit(transformer.apply, static_argnums=0)
 EMBEDDINGS = 512  # for every vocabulary, so that families of one architecture share a program
-SPECIAL = ["<pad>", "<s>", "</s>"]
+SPECIAL = ["<pad>", "<s>", "</s>", "<|end|>"]
 CORPUS = [
     "The film isn't good, it's GREAT: we'll see it 12345 times (at least).\n",
     "Ein schöner Film über Straßen und 1001 Nächte; привет, 你好，世界。\n\n",
@@ -34,6 +38,11 @@ CORPUS = [
 PIECES = (
     *("good", "bad", "film", "It was", "2024", "1", "22", "it's", "WE'LL", ".", "?!", "(#", "½"),
     *("🙂", "🎬🎬", "cafe\u0301", "ÄÖ", "你好", "привет", "\n", "\n\n", "\r\n", "\t", "   "),
+)
+WRITTEN = 12  # tokens behind a prompt
+OPENINGS = (
+    *("It was", "A good film\nGood?\n", " 2024 1 22 12345", "\U0001f642 good \U0001f3ac", "bad "),
+    *("\n\n good  ", "Yes\r\n\tNo", "\u043f\u0440\u0438\u0432\u0435\u0442 \u00bd"),
 )
 SHOTS = [{"text": "A 1st film.", "label": 1}, {"text": " Bad\n", "label": 0}]
 
@@ -60,6 +69,9 @@ class Family(NamedTuple):
     normalizer: Any = None
     whole_words: bool = False
     without_json: str = ""  # the class, where there are vocab.json and merges.txt alone
+    ends: tuple[int, ...] = (2,)  # of a text; the first alone stands in config.json
+    pad: int | None = None
+    likely: float = 4.5  # how far the ends' rows of the head are stretched, so that some texts end
 
 
 def split(regex):
@@ -80,13 +92,18 @@ LLAMA3, QWEN = split(REGEX), split(REGEX.replace("{1,3}", ""))
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
 NFC = normalizers.NFC()
+QWEN2 = Family("qwen2", QWEN, (), ("qwen2", "qwen2"), NFC, ends=(2, 0), pad=0, likely=2.5)
 FAMILIES = {
-    "OPT": Family("opt", GPT2, (2,), without_json="GPT2Tokenizer"),
-    "Llama 2": Family("llama-biases", None, (1,)),
-    "Llama 3": Family("llama-biases", LLAMA3, (1,), ("llama", "llama-bpe"), whole_words=True),
-    "Qwen 2": Family("qwen2", QWEN, (), ("qwen2", "qwen2"), NFC),
-    "Qwen 3": Family("qwen3", QWEN, (), ("qwen3", "qwen2"), NFC, without_json="Qwen2Tokenizer"),
-    "SmolLM": Family("llama-biases", SMOLLM, (), ("llama", "smollm")),
+    "OPT": Family("opt", GPT2, (2,), without_json="GPT2Tokenizer", pad=1, likely=1.3),
+    "Llama 2": Family("llama-biases", None, (1,), pad=0),
+    "Llama 3": Family(
+        "llama-biases", LLAMA3, (1,), ("llama", "llama-bpe"), whole_words=True, ends=(2, 3)
+    ),
+    "Qwen 2": QWEN2,
+    "Qwen 3": QWEN2._replace(
+        model="qwen3", gguf=("qwen3", "qwen2"), without_json="Qwen2Tokenizer", likely=2.4
+    ),
+    "SmolLM": Family("llama-biases", SMOLLM, (), ("llama", "smollm"), pad=2),
 }
 
 
@@ -107,10 +124,12 @@ def backend_of(family):
 
 def write_tokenizer(family, backend, folder):
     first = "</s>" if family.prefix == (2,) else "<s>"
-    settings = {"bos_token": first, "eos_token": "</s>", "pad_token": "</s>"}
+    pad = backend.id_to_token(2 if family.pad is None else family.pad)
+    settings = {"bos_token": first, "eos_token": "</s>", "pad_token": pad}
     if family.without_json:
         backend.model.save(str(folder))
         settings |= {"tokenizer_class": family.without_json, "add_bos_token": bool(family.prefix)}
+        settings["additional_special_tokens"] = SPECIAL[3:]
     else:
         backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -129,6 +148,10 @@ def vocabulary(family, backend):
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if len(family.ends) > 1:
+        found["eot_token_id"] = family.ends[1]
+    if family.pad is not None:
+        found["padding_token_id"] = family.pad
     if family.gguf[1] != "llama-bpe":
         found["add_bos_token"] = False
     return {f"tokenizer.ggml.{key}": value for key, value in found.items()}
@@ -137,9 +160,11 @@ def vocabulary(family, backend):
 class Loaded(NamedTuple):
     """A model of a family, from each of its files."""
 
+    family: Family
     config: Any
     params: Any
-    ours: dict[str, tokenizers_.Tokenizer]  # by what they were read from
+    configs: dict[str, Any]  # by what they were read from
+    ours: dict[str, tokenizers_.Tokenizer]  # likewise
     theirs: dict[str, Any]  # transformers', of the folder and of the export
     folder: Any
 
@@ -152,25 +177,30 @@ def loaded(request, tmp_path_factory):
         changes |= {"intermediate_size": 64, "rms_norm_eps": 1e-5}
     if family.model == "qwen3":
         changes |= {"head_dim": 8}
-    model = tiny.random_model(family.model, **changes)
+    ids = {"bos_token_id": (family.prefix or (None,))[0], "pad_token_id": family.pad}
+    model = tiny.random_model(family.model, **changes, **ids)
+    with tiny.torch.no_grad():
+        model.get_output_embeddings().weight[list(family.ends)] *= family.likely
+    model.generation_config.eos_token_id = list(family.ends)
     model.save_pretrained(folder)
     backend = backend_of(family)
     write_tokenizer(family, backend, folder)
     config, params, tokenizer = weights.load(f"hf:{folder}")
-    ours = {"folder": tokenizer}
+    ours, configs = {"folder": tokenizer}, {"folder": config}
     if family.gguf:
         path, metadata = str(folder / "x.gguf"), vocabulary(family, backend)
         test_weights_gguf.write_gguf(path, family.gguf[0], model, metadata=metadata)
-        _, same, ours["gguf"] = weights.load(f"gguf:{path}")
+        configs["gguf"], same, ours["gguf"] = weights.load(f"gguf:{path}")
         jax.tree.map(np.testing.assert_array_equal, same, params)
     weights.save_hf(str(folder / "export"), config, params, ours.get("gguf", tokenizer))
-    ours["export"] = weights.load(f"hf:{folder / 'export'}")[2]
+    configs["export"], same, ours["export"] = weights.load(f"hf:{folder / 'export'}")
+    jax.tree.map(np.testing.assert_array_equal, same, params)
     auto = tiny.transformers.AutoTokenizer
     theirs = {
         "folder": auto.from_pretrained(folder),
         "export": auto.from_pretrained(folder / "export"),
     }
-    return Loaded(config, params, ours, theirs, folder)
+    return Loaded(family, config, params, configs, ours, theirs, folder)
 
 
 def test_prompts(loaded):
@@ -220,10 +250,60 @@ def test_logits(loaded):
     encoded = encoding.pad_left(ids, 64, tokenizer.pad_id)
     tokens = np.pad(encoded.tokens, [(0, 0), (64 - encoded.tokens.shape[1], 0)])
     mask = np.arange(64) >= 64 - encoded.length[:, None]
-    last = jax.jit(transformer.apply, static_argnums=0)(loaded.config, loaded.params, tokens, mask)
+    last = apply(loaded.config, loaded.params, tokens, mask)
     for place, theirs in loaded.theirs.items():
         folder = loaded.folder / ("export" if place == "export" else "")
         model = tiny.transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         batch = theirs(shown, padding=True, padding_side="left")
         logits = tiny.scores(model, batch["input_ids"], batch["attention_mask"])
         np.testing.assert_allclose(np.asarray(last)[:, -1], logits[:, -1], atol=1e-4)
+
+
+def ended(row, ends):
+    """Returns what was written up to its end, and with it."""
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row)) + 1]
+
+
+def test_what_is_written(loaded):
+    """Greedily, in a batch and alone; some texts end, at ends that generation_config.json names."""
+    family, tokenizer = loaded.family, loaded.theirs["folder"]
+    batch = tokenizer(list(OPENINGS), padding=True, padding_side="left", return_tensors="pt")
+    length = batch["input_ids"].shape[1]
+    greedy = {"do_sample": False, "max_new_tokens": WRITTEN}
+    by_place = []
+    for folder in (loaded.folder / "export", loaded.folder):
+        model = tiny.transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        whole = model.generate(**batch, **greedy).numpy()
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        by_place.append([ended(row, ends) for row in whole[:, length:].tolist()])
+    again, expected = by_place
+    assert again == expected
+    assert {row[-1] for row in expected if len(row) < WRITTEN} == set(family.ends)
+    for text, row in zip(OPENINGS, expected, strict=True):
+        alone = tokenizer(text, return_tensors="pt")
+        written = model.generate(**alone, **greedy)[0, alone["input_ids"].shape[1] :].tolist()
+        assert ended(written, ends) == row, text
+
+    # The scores that each was written from, and that no other token is nearly as likely.
+    read = np.pad(batch["attention_mask"].numpy(), [(0, 0), (0, WRITTEN)], constant_values=1)
+    read = read[:, : whole.shape[1]].astype(bool)
+    scores = tiny.scores(model, whole, read)
+    steps = np.arange(whole.shape[1] - length) < np.array([[len(row)] for row in expected])
+    best = np.sort(scores[:, length - 1 : -1][steps])
+    assert (best[:, -1] - best[:, -2]).min() > 2e-3
+    ours = apply(loaded.config, loaded.params, whole, read)
+    np.testing.assert_allclose(ours[read], scores[read], atol=1e-4)
+
+    said = [tokenizer.decode(row, skip_special_tokens=True) for row in expected]
+    for read_from, config in loaded.configs.items():
+        ids = [encoding.prompt_ids(loaded.ours[read_from], text) for text in OPENINGS]
+        encoded = encoding.pad_left(ids, 64, loaded.ours[read_from].pad_id)
+        mask = np.arange(length) >= length - encoded.length[:, None]
+        np.testing.assert_array_equal(mask, read[:, :length])
+        for rows in (slice(None), slice(1)):
+            given = (encoded.tokens[rows], mask[rows], WRITTEN)
+            found = generation.generate(config, loaded.params, *given, eos=config.eos_ids)
+            found = [ended(row, config.eos_ids) for row in found.tolist()]
+            assert found == expected[rows], read_from
+            assert [loaded.ours[read_from].decode(row) for row in found] == said[rows]

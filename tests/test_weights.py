@@ -204,13 +204,27 @@ def test_saving_replaces_an_older_model_and_nothing_else(tmp_path):
     folder = str(tmp_path)
     weights.save_hf(folder, TINY, tiny_params(1))
     shard(folder)
-    kept = ["generation_config.json", "notes-00001-of-00002.safetensors", "pytorch_model.bin"]
-    for name in kept:
+    kept = ["notes-00001-of-00002.safetensors", "pytorch_model.bin"]
+    for name in [*kept, "generation_config.json"]:  # the last says where texts end
         (tmp_path / name).write_text("{}")
     weights.save_hf(folder, TINY, tiny_params(3))
     assert sorted(os.listdir(folder)) == sorted([*kept, "config.json", "model.safetensors"])
     _, params, _ = weights.load(f"hf:{folder}")
     jax.tree.map(np.testing.assert_array_equal, params, tiny_params(3))
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"), [([4, 5], (4, 5)), (6, (6,)), ([], ()), (None, (2,)), ("</s>", None)]
+)
+def test_generation_config_says_where_texts_end(tmp_path, said, ends):
+    config = dataclasses.replace(TINY, eos_ids=(2,))
+    weights.save_hf(str(tmp_path), config, tiny_params(1))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said, "top_k": 9}))
+    if ends is None:
+        with pytest.raises(ValueError, match=r"generation_config.json has eos_token_id = '</s>'"):
+            weights.load(f"hf:{tmp_path}")
+    else:
+        assert weights.load(f"hf:{tmp_path}")[0].eos_ids == ends
 
 
 def test_a_kill_while_saving_leaves_no_mixture(tmp_path, monkeypatch):

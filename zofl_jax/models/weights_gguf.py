@@ -78,6 +78,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (1,),
 }
 
+_ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message; llama.cpp stops at each
 _FREQUENCY_DIVISORS = "rope_freqs.weight"
 _NOPE_INTERVAL = 4  # SmolLM3's; the format has no key for it
 
@@ -173,7 +174,7 @@ def _config(family: str, get: Any, shapes: Mapping[str, tuple[int, ...]]) -> Con
         )
     if "token_embd.weight" not in shapes:
         raise ValueError("the GGUF file lacks the tensor token_embd.weight: convert it again")
-    eos = get("tokenizer.ggml.eos_token_id")
+    ends = [get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS]
     return Config(
         family=family,
         vocab_size=shapes["token_embd.weight"][0],
@@ -197,7 +198,7 @@ def _config(family: str, get: Any, shapes: Mapping[str, tuple[int, ...]]) -> Con
             else None
         ),
         bos_id=get("tokenizer.ggml.bos_token_id"),
-        eos_ids=() if eos is None else (eos,),
+        eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
         pad_id=get("tokenizer.ggml.padding_token_id"),
     )
 

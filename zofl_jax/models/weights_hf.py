@@ -3,7 +3,8 @@
 A folder means what it means to transformers 5: `model.safetensors`, else the shards that
 `model.safetensors.index.json` lists, unless `transformers_weights` in `config.json` names another
 file. Torch's own checkpoints (`pytorch_model.bin`) are pickles and are not read, nor are adapters
-beside the weights, which transformers would add to them.
+beside the weights, which transformers would add to them. Of `generation_config.json` only the
+tokens that end a text are taken: what is generated is the likeliest, or drawn, without penalties.
 """
 
 import dataclasses
@@ -18,10 +19,11 @@ import numpy as np
 from zofl_jax.models import safetensors_files
 from zofl_jax.models.architectures import Config
 from zofl_jax.models.config_hf import config_from_fields, config_to_fields
-from zofl_jax.models.config_keys import some
+from zofl_jax.models.config_keys import listed, some
 
 FILES: tuple[str, ...] = (
     "config.json",
+    "generation_config.json",
     "adapter_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -35,6 +37,7 @@ FILES: tuple[str, ...] = (
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_GENERATION = "generation_config.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _IGNORED = ("rotary_emb.inv_freq", "decoder.version")  # what old files keep beside the weights
@@ -86,8 +89,8 @@ def open_folder(folder: str) -> tuple[Config, dict[str, safetensors_files.Tensor
 
     Raises:
       ValueError: if there is no `config.json` or no safetensors, or a shard is missing; if the
-        index and the shards differ; for adapters beside the weights; for what
-        `config_from_fields` refuses.
+        index and the shards differ; for adapters beside the weights; for ends of texts that are
+        no ids; for what `config_from_fields` refuses.
     """
     path = os.path.join(folder, "config.json")
     _check_whole(folder)
@@ -99,6 +102,7 @@ def open_folder(folder: str) -> tuple[Config, dict[str, safetensors_files.Tensor
     with open(path) as file:
         fields = json.load(file)
     config = config_from_fields(fields)
+    config = dataclasses.replace(config, eos_ids=_ends(folder, config.eos_ids))
     found = _tensors(folder, fields.get("transformers_weights"))
     if not any(name.startswith("model.") for name in found):  # saved without the head
         found = {
@@ -116,7 +120,8 @@ def save_folder(
 ) -> None:
     """Writes `config.json`, `model.safetensors` and what `save_tokenizer` writes.
 
-    The shards of an older model in the folder go with their index, as when transformers saves.
+    The shards of an older model in the folder go with their index, as when transformers saves, and
+    so do its settings of generation, which would say where texts end in place of `config.json`.
     The weights are written beside the old ones first. While files change places there is no
     `config.json`, so what a kill leaves then is refused, and is never a mixture of two models.
 
@@ -140,7 +145,8 @@ def save_folder(
         json.dump(fields, file, indent=2)
     _remove(settings)
     os.replace(f"{weights}.new", weights)
-    _remove(os.path.join(folder, _INDEX))
+    for name in (_INDEX, _GENERATION):
+        _remove(os.path.join(folder, name))
     for name in filter(_SHARD.fullmatch, os.listdir(folder)):
         _remove(os.path.join(folder, name))
     if save_tokenizer is not None:
@@ -172,6 +178,27 @@ def download(name: str) -> str:
             f"{name!r} is not a folder here and could not be downloaded "
             f"({type(error).__name__}): check the name, or pass hf:FOLDER when offline"
         ) from error
+
+
+def _ends(folder: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the tokens that end a text.
+
+    `generation_config.json` wins over `config.json`, as in transformers. Where it names none,
+    transformers goes on without an end, and `config.json` is taken here.
+    """
+    path = os.path.join(folder, _GENERATION)
+    if not os.path.isfile(path):
+        return default
+    with open(path) as file:
+        named = json.load(file).get("eos_token_id")
+    if named is None:
+        return default
+    ids = named if isinstance(named, list) else [named]
+    if not all(type(i) is int for i in ids):
+        raise ValueError(
+            f"{path} has {listed({'eos_token_id': named})}, which is no id: fetch it again"
+        )
+    return tuple(ids)
 
 
 def _check_whole(folder: str) -> None:
