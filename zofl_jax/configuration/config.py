@@ -307,15 +307,15 @@ class Execution:
 
     clients_at_once: int | None = setting(
         None,
-        "Clients evaluated at once, 0 for all. Unless given, 1 for convolutional models, for texts "
-        "as many as the device's memory holds, for others all.",
+        "Clients evaluated at once, 0 for all. Unless given, 1 for convolutional models on a CPU, "
+        "for them elsewhere and for texts as many as the device's memory holds, for others all.",
         least=0,
     )
     perturbations_at_once: int | None = setting(
         None,
         "Perturbed models evaluated at once, 0 for as many as share their products: all of "
-        "low_rank directions, one of others. 0 unless given, 1 for convolutional and language "
-        "models.",
+        "low_rank directions, one of others. 0 unless given; for convolutional and language "
+        "models 1 on a CPU, elsewhere as many as fill the device.",
         least=0,
     )
 

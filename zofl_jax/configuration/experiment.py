@@ -16,7 +16,7 @@ from zofl_jax.configuration.config import Config, Data, Quadratic, Rounds, Texts
 from zofl_jax.configuration.phases import build_phases
 from zofl_jax.core import ServerState, Task
 from zofl_jax.data import partition, sources
-from zofl_jax.directions import local_models
+from zofl_jax.directions import batching, local_models
 from zofl_jax.engine import compilation, placement, simulation
 from zofl_jax.engine.processes import Team
 from zofl_jax.models.images import MODELS
@@ -210,6 +210,12 @@ def resumed(config: Config, workdir: Path) -> tuple[Config, dict[str, Any]]:
     if not (workdir / "flags.json").exists():
         return config, config.flat()
     recorded = read_flags(workdir)
+    for name in (
+        "clients_at_once",
+        "perturbations_at_once",
+    ):  # which were settled by the model alone
+        if getattr(config, name) is None and recorded.get(name) is not None:
+            config = config.replace(**{name: recorded[name]})
     told = config.bos != "auto" or "bos" in config.given
     if not told and not recorded.get("bos"):
         config = config.replace(bos=None)
@@ -252,8 +258,7 @@ def rebuild(
 def _simulator(config: Config, task: Task, mesh: Mesh | None) -> simulation.Simulator:
     of_texts = config.kind == "texts"
     root = keys.root(config.seed, config.prng_impl)
-    if config.clients_at_once is None:
-        config = config.replace(clients_at_once=_clients_at_once(config, task, root))
+    config = _filled(config, task, root, placement.Placement(mesh).platform)
     return simulation.make_simulator(
         build_phases(config, task),
         task,
@@ -266,6 +271,26 @@ def _simulator(config: Config, task: Task, mesh: Mesh | None) -> simulation.Simu
         mesh=mesh,
         conditions=wrapping.build(config, task, root),
     )
+
+
+def _filled(config: Config, task: Task, root: keys.RootKeys, platform: str) -> Config:
+    """Returns the config with how many clients and models are evaluated at once on a platform."""
+    if config.clients_at_once is None:
+        one = platform == "cpu" and convolutional(config)
+        config = config.replace(clients_at_once=1 if one else _clients_at_once(config, task, root))
+    if config.perturbations_at_once is None:
+        params = jax.eval_shape(task.init, root.init)
+        clients = config.clients_at_once or config.clients_per_round
+        tokens = task.test["tokens"].shape[1] if config.kind == "texts" else 1
+        at_once = batching.models_at_once(
+            platform,
+            rows=clients * config.batch_size * tokens,
+            params=sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
+            count=config.num_perturbations,
+            shared=config.perturbation == "low_rank",
+        )
+        config = config.replace(perturbations_at_once=at_once)
+    return config
 
 
 def _clients_at_once(config: Config, task: Task, root: keys.RootKeys) -> int:

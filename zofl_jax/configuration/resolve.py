@@ -106,9 +106,9 @@ def _filled_in(config: Config) -> Config:
     config = fill[config.kind](config)
     if config.objective in objectives.WITHOUT_GRADIENT:
         _check_gradient(config)
-    one_by_one = config.kind == "texts" or convolutional(config)
-    if config.perturbations_at_once is None:
-        config = config.replace(perturbations_at_once=int(one_by_one))
+    of_device = config.kind == "texts" or convolutional(config)  # what is fast depends on it
+    if config.perturbations_at_once is None and not of_device:
+        config = config.replace(perturbations_at_once=0)
     if config.dp == "example":
         if "clients_at_once" in config.given and config.clients_at_once:
             raise ValueError(
@@ -116,8 +116,8 @@ def _filled_in(config: Config) -> Config:
                 "leave it out"
             )
         config = config.replace(clients_at_once=0)
-    elif config.clients_at_once is None and config.kind != "texts":
-        config = config.replace(clients_at_once=int(convolutional(config)))
+    elif config.clients_at_once is None and not of_device:
+        config = config.replace(clients_at_once=0)
     if config.attack_size is None:
         config = config.replace(attack_size=choices.ATTACK_SIZES.get(config.attack))
     return config

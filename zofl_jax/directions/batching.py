@@ -11,6 +11,43 @@ from typing import Any
 
 import jax
 
+FULL = 2**14
+"""Rows of a product (texts' tokens, images) that fill an accelerator about as well as more do."""
+
+STORED = 2**26
+"""Numbers of dense directions that may be stored at a time, for models evaluated at once."""
+
+
+def models_at_once(platform: str, *, rows: int, params: int, count: int, shared: bool) -> int:
+    """Returns how many perturbed models should be evaluated at once.
+
+    On a CPU one: what it works on stays in cache, and its cores are busy. An accelerator wants
+    large products. Models that share theirs (low-rank directions) are taken until one has `FULL`
+    rows. Others are products in a batch: all where their directions can be stored, which is where
+    a model is so small that a pass alone would leave most of the device idle; else one.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      rows: examples or tokens of one model's pass, all clients together.
+      params: of the model.
+      count: of directions.
+      shared: whether perturbed models share the products with the params.
+
+    >>> models_at_once("gpu", rows=2 * 16 * 40, params=134_515_008, count=5, shared=True)
+    5
+    >>> models_at_once("gpu", rows=8 * 16 * 64, params=1_315_758_080, count=5, shared=True)
+    2
+    >>> models_at_once("gpu", rows=320, params=28_938, count=20, shared=False)
+    20
+    >>> models_at_once("cpu", rows=320, params=28_938, count=20, shared=False)
+    1
+    """
+    if platform == "cpu":
+        return 1
+    if shared:
+        return max(1, min(count, FULL // rows))
+    return count if count * params <= STORED else 1
+
 
 def at_once(fn: Callable[..., Any], clients: int | None) -> Callable[..., Any]:
     """Returns `fn` such that a vmap of it takes `clients` elements at a time, in a loop.

@@ -288,6 +288,35 @@ def _dot(eqn: jaxprs.Equation, x: Any, y: Any) -> list[Any] | None:
     return None if out is None else [out]
 
 
+def _convolution(eqn: jaxprs.Equation, x: Any, kernel: Any) -> list[Any] | None:
+    """Returns x * W + Σ_t ((x * A_t) c_t) B_tᵀ for kernels whose features are the right side.
+
+    What is narrow is added so, for the price of a few features more; where the columns together are
+    as many as the features or more, as in clients' own models after some steps, the kernel is formed
+    of them, which is small.
+    """
+    if not isinstance(kernel, LowRank) or is_value(x):
+        return None
+    numbers = eqn.params["dimension_numbers"]
+    features = numbers.rhs_spec[0]
+    plain = eqn.params["feature_group_count"] == eqn.params["batch_group_count"] == 1
+    plain = plain and eqn.params.get("out_sharding") is None
+    if not plain or kernel.axes(_RIGHT) != [features] or features != kernel.base.ndim - 1:
+        return None
+    narrow = [term for term in kernel.terms if term.c.size <= NARROW]
+    wide = tuple(term for term in kernel.terms if term.c.size > NARROW)
+    base = kernel.replace(terms=wide).array() if wide else kernel.base
+    total = eqn.primitive.bind(x, base, **eqn.params)
+    out_features = numbers.out_spec[1]
+    for term in narrow:
+        low = eqn.primitive.bind(x, term.a, **eqn.params)
+        low = jnp.moveaxis(low, out_features, -1) * term.c.astype(low.dtype)
+        for r in range(term.c.size):
+            column = low[..., r, None] * term.b[:, r].astype(low.dtype)
+            total = total + jnp.moveaxis(column, -1, out_features).astype(total.dtype)
+    return [total]
+
+
 def _contract(
     x: Array, x_axes: Sequence[int], w: LowRank, w_axes: Sequence[int], params: dict[str, Any]
 ) -> Array | None:
@@ -361,6 +390,12 @@ _RULES: dict[str, Rule] = {
     "transpose": _rule(_transpose, "permutation"),
     "reshape": _rule(_reshape, "new_sizes", "dimensions sharding"),
     "gather": _rule(_gather, "dimension_numbers slice_sizes", None),
+    "conv_general_dilated": _rule(
+        _convolution,
+        "dimension_numbers feature_group_count batch_group_count window_strides padding "
+        "lhs_dilation rhs_dilation precision preferred_element_type",
+        "out_sharding",
+    ),
     "dot_general": _rule(
         _dot, "dimension_numbers precision preferred_element_type", "out_sharding"
     ),

@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from zofl_jax import platforms
 from zofl_jax.core import Array
 from zofl_jax.models.convolution import Margins, convolution, outputs
 from zofl_jax.models.mlp import dense, uniform_fan_in
@@ -118,7 +119,7 @@ def convolve(x: Array, kernel: Array, padding: str) -> Array:
 
     `padding` is "SAME" or "VALID". The same as `lax.conv_general_dilated` up to rounding.
     """
-    few = kernel.shape[2] <= FEW_CHANNELS
+    few = kernel.shape[2] <= FEW_CHANNELS and platforms.current().platform == "cpu"
     return _in_tiles(x, kernel, padding) if few else _as_convolution(x, kernel, padding)
 
 
