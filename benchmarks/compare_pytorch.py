@@ -40,7 +40,7 @@ import torch
 from benchmarks import measuring, workloads
 from benchmarks.round import Rounds
 from benchmarks.workloads import LEARNING_RATE, SMOOTHING, Work
-from zofl_jax import keys
+from zofl_jax import keys, platforms
 from zofl_jax.engine import placement
 from zofl_jax.models import architectures
 
@@ -64,6 +64,7 @@ class TorchClient:
         self.model, self.work, self.loss = model, work, loss
         self.params = list(model.parameters())
         self.size = sum(p.numel() for p in self.params)
+        self.device = self.params[0].device
         self.optimizer = torch.optim.SGD(self.params, lr=LEARNING_RATE)
         self.saved = copy.deepcopy(model.state_dict())
 
@@ -77,7 +78,7 @@ class TorchClient:
     def replay(self, missed: Round) -> None:
         """Does one round's steps with the cohort's mean scalars."""
         for k, scalars in enumerate(missed.scalars):
-            total = torch.zeros(self.size)
+            total = torch.zeros(self.size, device=self.device)
             for p, scalar in enumerate(scalars.tolist()):
                 total.add_(self.direction(missed.seed, k, p), alpha=scalar / len(scalars))
             self.step(total)
@@ -88,8 +89,8 @@ class TorchClient:
 
     def direction(self, seed: int, step: int, index: int) -> torch.Tensor:
         """Returns z [d]."""
-        generator = torch.Generator().manual_seed((seed * 1009 + step) * 1009 + index)
-        return torch.randn(self.size, generator=generator)
+        generator = torch.Generator(self.device).manual_seed((seed * 1009 + step) * 1009 + index)
+        return torch.randn(self.size, generator=generator, device=self.device)
 
     def move(self, direction: torch.Tensor, distance: float) -> None:
         """Adds a direction to the params, in place."""
@@ -116,7 +117,7 @@ def measure(client: TorchClient, direction: Direction, batches: Sequence[Any]) -
     rows = []
     for k, batch in enumerate(batches):
         base = evaluate(batch) if work.estimator == "forward" else None
-        scalars, total = [], torch.zeros(client.size)
+        scalars, total = [], torch.zeros(client.size, device=client.device)
         for p in range(work.num_perturbations):
             z = direction(k, p)
             client.move(z, mu)
@@ -153,6 +154,8 @@ class TorchRounds:
             batches = [self.draw() for _ in range(client.work.local_steps)]
             uploads.append(client.local_steps(self.done, batches))
         self.last = Round(self.done, torch.stack(uploads).mean(dim=0))
+        if self.last.scalars.is_cuda:
+            torch.cuda.synchronize()
 
 
 class MnistCnn(torch.nn.Module):
@@ -218,9 +221,11 @@ def language_loss(lean: bool) -> TorchLoss:
     return loss
 
 
-def torch_batches(work: Work) -> Callable[[], dict[str, torch.Tensor]]:
+def torch_batches(work: Work, device: str = "cpu") -> Callable[[], dict[str, torch.Tensor]]:
     """Returns () -> the next batch of the task's examples, images as [B, C, H, W]."""
-    examples = {name: torch.from_numpy(x.astype(np.int64)) for name, x in work.task.test.items()}
+    examples = {
+        name: torch.from_numpy(x.astype(np.int64)).to(device) for name, x in work.task.test.items()
+    }
     if "image" in examples:
         images = examples["image"].to(torch.float32).permute(0, 3, 1, 2)
         examples["image"] = (images - images.mean()) / images.std(correction=0)
@@ -249,6 +254,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         default=True,
         help="of language models, time the lean form too",
     )
+    made.add_argument(
+        "--torch_device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="that of the PyTorch form",
+    )
     made.add_argument("--torch_threads", type=int, help="all cores unless given")
     made.add_argument("--prng_impl", default="threefry2x32", choices=keys.IMPLEMENTATIONS)
     options = made.parse_args(argv)
@@ -265,11 +275,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result = {
         "config": options.config,
         "prng_impl": options.prng_impl,
-        **compare(work, variants, devices, options.prng_impl, options.repeats, options.lean),
+        **compare(
+            work,
+            variants,
+            devices,
+            options.prng_impl,
+            options.repeats,
+            options.lean,
+            options.torch_device,
+        ),
     }
     result |= measuring.machine(devices)
     result["versions"] |= {"torch": importlib.metadata.version("torch")}
     result["torch_threads"] = torch.get_num_threads()
+    result["torch_device"] = options.torch_device
     measuring.report(result, options.out)
     return result
 
@@ -281,12 +300,16 @@ def compare(
     prng_impl: str,
     repeats: int,
     lean: bool = True,
+    torch_device: str = "cpu",
 ) -> dict[str, Any]:
     """Returns the times of both forms of a round and their ratios; `lean` adds the lean form."""
-    forms = torch_forms(work)
+    forms = torch_forms(work, torch_device)
     if not lean:
         forms.pop("lean", None)
-    ours = [Rounds(workloads.simulator(work, variant, devices, prng_impl)) for variant in variants]
+    ours = [
+        Rounds(workloads.simulator(_in_form(work, variant), variant, devices, prng_impl))
+        for variant in variants
+    ]
     jobs: list[Callable[[], Any]] = [*forms.values(), *ours]
     times = measuring.by_turns(jobs, repeats)
     theirs = dict(zip(forms, times, strict=False))
@@ -313,14 +336,23 @@ def compare(
     return result
 
 
-def torch_forms(work: Work) -> dict[str, Callable[[], Any]]:
+def _in_form(work: Work, variant: str) -> Work:
+    """Returns the work as our round does it on this device; the batches are PyTorch's too."""
+    platform = platforms.current().platform
+    if platform == "cpu":
+        return work
+    return workloads.on_accelerator(work._replace(clients_at_once=None), variant, platform)
+
+
+def torch_forms(work: Work, device: str = "cpu") -> dict[str, Callable[[], Any]]:
     """Returns the jobs of the PyTorch side by name, in the order of their turns."""
-    draw = torch_batches(work)
+    draw = torch_batches(work, device)
     if work.architecture is None:
         model, loss = image_model(work)
+        model.to(device)
         clients = [TorchClient(copy.deepcopy(model), work, loss) for _ in range(work.clients)]
         return {"plain": TorchRounds(clients, draw)}
-    model = language_model(work.architecture)
+    model = language_model(work.architecture).to(device)
     losses = {"plain": language_loss(lean=False), "lean": language_loss(lean=True)}
     clients = [
         TorchClient(copy.deepcopy(model), work, losses["plain"]) for _ in range(work.clients)

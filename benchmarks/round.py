@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if options.config == POPULATION:
         result = populations(options)
     else:
-        work = workloads.CONFIGS[options.config](smoke=options.smoke)
+        work = workloads.work_of(options.config, options.variant, options.smoke)
         _check_memory(made, work)
         result = {
             "config": options.config,
@@ -109,6 +109,8 @@ def measure(work: Work, variant: str, devices: int, prng_impl: str, repeats: int
         "compile_seconds": compile_seconds,
         "peak_memory_bytes": peak_memory(rounds[0].simulator),
         "params_bytes": rounds[0].simulator.sizes[0].params,
+        "perturbations_at_once": work.perturbations_at_once,
+        "precision": getattr(jax.config, "jax_default_matmul_precision", None) or "default",
     }
     if variant == "projection":
         result["differences_seconds_per_round"] = seconds[1]

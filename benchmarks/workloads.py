@@ -16,11 +16,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from zofl_jax import platforms
 from zofl_jax.algorithms import decomfl
 from zofl_jax.core import Algorithm, Array, Batch, ClientData, Params, PRNGKey, Task
 from zofl_jax.data import partition
 from zofl_jax.data.sources import Dataset
-from zofl_jax.directions import estimators, perturbations
+from zofl_jax.directions import batching, estimators, perturbations
 from zofl_jax.engine import compilation, placement, simulation
 from zofl_jax.models import architectures, cnn, mlp, transformer
 from zofl_jax.tasks import vision
@@ -73,10 +74,19 @@ class Work(NamedTuple):
 
 
 def cnn_work(
-    local_steps: int, num_perturbations: int, bound_share: int = 1, smoke: bool = False
+    local_steps: int,
+    num_perturbations: int,
+    bound_share: int = 1,
+    smoke: bool = False,
+    accelerator: bool = False,
 ) -> Work:
-    """Returns the MNIST CNN, 28,938 params: 10 clients of 100, batch 32, central differences."""
+    """Returns the MNIST CNN, 28,938 params: 10 clients of 100, batch 32, central differences.
+
+    For an accelerator the bound may take more images at once.
+    """
     clients, each, batch, size = (2, 4, 4, 8) if smoke else (10, 100, 32, 28)
+    if accelerator:
+        each *= 5
     task = image_task(cnn.MnistCnn(10), clients * each, clients, (size, size, 1))
     return Work(
         task,
@@ -86,9 +96,9 @@ def cnn_work(
         local_steps=local_steps,
         num_perturbations=num_perturbations,
         estimator="central",
-        clients_at_once=1,
-        bound_batches=(4,) if smoke else (32, 64, 160, 320),
-        bound_share=bound_share,
+        clients_at_once=None if accelerator else 1,
+        bound_batches=(4,) if smoke else (320, 1024, 4096) if accelerator else (32, 64, 160, 320),
+        bound_share=1 if accelerator else bound_share,
     )
 
 
@@ -103,6 +113,7 @@ def decoder_work(
     clients_at_once: int | None = None,
     bound_share: int = 1,
     smoke: bool = False,
+    accelerator: bool = False,
     **changes: Any,
 ) -> Work:
     """Returns a language model that chooses between two words; batch 16, forward differences.
@@ -118,7 +129,8 @@ def decoder_work(
         population, batch, length = clients, 2, 4
     per_step = clients * batch
     sizes_of_bound = (per_step, (num_perturbations + 1) * per_step)
-    task = token_task(config, population, 2 * batch, length)
+    each = -(-sizes_of_bound[1] // population) if accelerator else 2 * batch
+    task = token_task(config, population, each, length)
     fitting = tuple(sorted({min(size, len(task.test["label"])) for size in sizes_of_bound}))
     return Work(
         task,
@@ -133,7 +145,7 @@ def decoder_work(
         config,
         # A model at a time: 32 texts keep all cores busy, and more fall out of the cache.
         perturbations_at_once=1,
-        bound_share=bound_share,
+        bound_share=1 if accelerator else bound_share,
     )
 
 
@@ -156,7 +168,28 @@ CONFIGS: dict[str, Callable[..., Work]] = {
         compute_dtype="bfloat16",
     ),
 }
-"""By the name of `--config`; each takes `smoke`."""
+"""By the name of `--config`; each takes `smoke` and `accelerator`."""
+
+
+def work_of(config: str, variant: str, smoke: bool = False) -> Work:
+    """Returns the work of a config in the form that suits JAX's default device."""
+    platform = platforms.current().platform
+    work = CONFIGS[config](smoke=smoke, accelerator=platform != "cpu")
+    return work if platform == "cpu" else on_accelerator(work, variant, platform)
+
+
+def on_accelerator(work: Work, variant: str, platform: str) -> Work:
+    """Returns the work with as many models at once as the library would take there."""
+    shapes = jax.eval_shape(work.task.init, jax.random.key(0))
+    tokens = work.task.test["tokens"].shape[1] if work.architecture else 1
+    at_once = batching.models_at_once(
+        platform,
+        rows=work.clients * work.batch * tokens,
+        params=sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)),
+        count=work.num_perturbations,
+        shared=variant == "low_rank",
+    )
+    return work._replace(perturbations_at_once=at_once)
 
 
 def image_task(model: Any, count: int, clients: int, shape: tuple[int, ...]) -> Task:
