@@ -48,12 +48,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     grouping.long_first(items)
 
 
-def pytest_collection_finish() -> None:
-    """Takes what all tests have imported out of the collector's sight."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return grouping.make_scheduler(config, log)

@@ -2,8 +2,9 @@
 
 XLA compiles each fused loop in two steps. Without LLVM's optimisations the first one (its "fusion
 emitters") takes longer than everything else. jaxlib 0.10 can do without, which takes two fifths off
-the compilation; newer ones can't. And XLA shares a program out over threads, each with an LLVM of
-its own: where every core runs tests, what that takes is lost, an eighth of all a test takes.
+the compilation; newer ones can't. And it shares a program out over threads, each with an LLVM of
+its own: where every core runs tests, what that takes is lost, an eighth of all a test takes (with
+jaxlib 0.12 nothing any more).
 
 `ZOFL_JAX_TEST_PROGRAMS=users` compiles everything as users have it.
 """
