@@ -1,11 +1,10 @@
 """Every method of the library, one row each: what `test_contract.py` runs.
 
 A new method is one more row of `METHODS`: how it is made for a loss and a step size, and the step
-sizes with which it descends on the digits and on a quadratic. What differs from such a row in a
-part alone (directions, mask, estimator, rule) is a row of `VARIANTS`, tried on a quadratic.
+size with which it learns the digits. What differs from such a row in a part alone (directions,
+mask, estimator, rule) is a row of `VARIANTS`, tried on a quadratic.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,16 +38,15 @@ class Method(NamedTuple):
 
     Attributes:
       make: (loss_fn, step size) -> the algorithm; of masked methods (loss_fn, step size, mask).
-      quadratic: its step size on a quadratic of 20 dimensions.
-      digits: its step size for softmax regression on the digits; variants have none.
-      rounds: in which it takes a good part of the way on both.
+      rate: its step size, for softmax regression on the digits; a variant's is for a quadratic of
+        20 dimensions.
+      rounds: in which it takes a good part of the way.
       clients: (population, cohort).
       mask: (loss_fn, initial params, batch) -> a mask, of masked methods.
     """
 
     make: Callable[..., Algorithm]
-    quadratic: float
-    digits: float = math.nan
+    rate: float
     rounds: int = 40
     clients: tuple[int, int] = (8, 3)
     mask: Callable[[LossFn, Params, Batch], Params] | None = None
@@ -75,10 +73,10 @@ def _random_half(loss: LossFn, params: Params, batch: Batch) -> Params:
     return scaling.random_mask(jax.random.key(5), params, 0.5)
 
 
-def _robust(rule: aggregation.Rule, quadratic: float = 0.1) -> Method:
+def _robust(rule: aggregation.Rule) -> Method:
     return Method(
         lambda loss, rate: decomfl(loss, _central(), optax.sgd(rate), aggregate=rule),
-        quadratic=quadratic,
+        rate=0.1,
         clients=(8, 6),
     )
 
@@ -97,140 +95,111 @@ def _fedavg(loss: LossFn, rate: float, **options) -> Algorithm:
 
 
 SCALAR = {
-    "decomfl": Method(
-        lambda loss, rate: decomfl(loss, _central(), optax.sgd(rate)), digits=0.05, quadratic=0.1
-    ),
+    "decomfl": Method(lambda loss, rate: decomfl(loss, _central(), optax.sgd(rate)), rate=0.05),
     "decomfl, local steps and momentum": Method(
         lambda loss, rate: decomfl(loss, _central(), optax.sgd(rate, momentum=0.9), local_steps=3),
-        digits=0.005,
-        quadratic=0.01,
+        rate=0.005,
     ),
     "decomfl, forward differences and Adam": Method(
         lambda loss, rate: decomfl(
             loss, estimators.forward_difference(5, 1e-3), optax.adam(rate), local_steps=2
         ),
-        digits=0.01,
-        quadratic=0.05,
+        rate=0.01,
     ),
     "decomfl, projections on Rademacher directions": Method(
         lambda loss, rate: decomfl(
             loss, estimators.projection(10, perturbations.rademacher()), optax.sgd(rate)
         ),
-        digits=0.05,
-        quadratic=0.1,
+        rate=0.05,
     ),
-    "hiso": Method(_hiso, digits=0.02, quadratic=0.05),
+    "hiso": Method(_hiso, rate=0.02),
     "hiso, local steps, the last one's curvature": Method(
         lambda loss, rate: _hiso(loss, rate, local_steps=2, learn_from="last"),
-        digits=0.01,
-        quadratic=0.03,
+        rate=0.01,
     ),
-    "fedkseed": Method(
-        lambda loss, rate: _fedkseed(loss, rate, local_steps=10), digits=0.003, quadratic=0.02
-    ),
+    "fedkseed": Method(lambda loss, rate: _fedkseed(loss, rate, local_steps=10), rate=0.003),
     "fedkseed pro": Method(
         lambda loss, rate: _fedkseed(loss, rate, local_steps=10, pro=True),
-        digits=0.003,
-        quadratic=0.02,
+        rate=0.003,
     ),
     "feedsign": Method(
         lambda loss, rate: feedsign(loss, _central(), optax.sgd(rate)),
-        digits=0.05,
-        quadratic=0.1,
+        rate=0.05,
         rounds=80,
     ),
     "feedsign, private": Method(
         lambda loss, rate: feedsign(loss, _central(10), optax.sgd(rate), epsilon=2.0),
-        digits=0.1,
-        quadratic=0.2,
+        rate=0.1,
         rounds=80,
     ),
     "mezo": Method(
         lambda loss, rate: mezo(loss, 1e-3, optax.sgd(rate)),
-        digits=0.005,
-        quadratic=0.05,
-        rounds=150,
+        rate=0.005,
+        rounds=250,
         clients=(1, 1),
     ),
-    "decomfl, random mask": Method(
-        _masked, digits=0.1, quadratic=0.2, rounds=60, mask=_random_half
-    ),
+    "decomfl, random mask": Method(_masked, rate=0.1, rounds=60, mask=_random_half),
     "decomfl in float16": Method(
         lambda loss, rate: compressed(
             decomfl(loss, _central(), optax.sgd(rate)), floats(jnp.float16)
         ),
-        digits=0.05,
-        quadratic=0.1,
+        rate=0.05,
     ),
     "decomfl in bfloat16, stochastic": Method(
         lambda loss, rate: compressed(
             decomfl(loss, _central(), optax.sgd(rate)), floats(jnp.bfloat16, stochastic=True)
         ),
-        digits=0.05,
-        quadratic=0.1,
+        rate=0.05,
     ),
     "decomfl in int8": Method(
         lambda loss, rate: compressed(decomfl(loss, _central(), optax.sgd(rate)), integers(8)),
-        digits=0.05,
-        quadratic=0.1,
+        rate=0.05,
     ),
 }
 
 DENSE = {
     "fedzo": Method(
         lambda loss, rate: fedzo(loss, _central(), optax.sgd(rate), local_steps=2),
-        digits=0.05,
-        quadratic=0.1,
+        rate=0.05,
     ),
-    "fedsgd": Method(lambda loss, rate: fedsgd(loss, optax.sgd(rate)), digits=0.1, quadratic=0.5),
-    "fedavg": Method(_fedavg, digits=0.1, quadratic=0.2),
-    "fedprox": Method(
-        lambda loss, rate: _fedavg(loss, rate, proximal=0.1), digits=0.1, quadratic=0.2
-    ),
+    "fedsgd": Method(lambda loss, rate: fedsgd(loss, optax.sgd(rate)), rate=0.1),
+    "fedavg": Method(_fedavg, rate=0.1),
+    "fedprox": Method(lambda loss, rate: _fedavg(loss, rate, proximal=0.1), rate=0.1),
     "fedadam": Method(
         lambda loss, rate: fedadam(loss, optax.sgd(rate), 0.03, local_steps=3),
-        digits=0.1,
-        quadratic=0.2,
+        rate=0.1,
     ),
     "fedyogi": Method(
         lambda loss, rate: fedyogi(loss, optax.sgd(rate), 0.03, local_steps=3),
-        digits=0.1,
-        quadratic=0.2,
+        rate=0.1,
     ),
     "fedadagrad": Method(
         lambda loss, rate: fedadagrad(loss, optax.sgd(rate), 0.1, local_steps=3),
-        digits=0.1,
-        quadratic=0.2,
+        rate=0.1,
     ),
     "scaffold": Method(
         lambda loss, rate: scaffold(loss, rate, share=3 / 8, local_steps=3),
-        digits=0.1,
-        quadratic=0.2,
+        rate=0.1,
     ),
     "fedavg, top-k with error feedback": Method(
         lambda loss, rate: compressed(_fedavg(loss, rate), top_k(0.1), error_feedback=True),
-        digits=0.1,
-        quadratic=0.2,
+        rate=0.1,
     ),
     "fedavg, QSGD": Method(
         lambda loss, rate: compressed(_fedavg(loss, rate), integers(4, scale="norm", bucket=64)),
-        digits=0.1,
-        quadratic=0.2,
+        rate=0.1,
     ),
     "fedcom": Method(
         lambda loss, rate: compressed(_fedavg(loss, rate), integers(8)),
-        digits=0.1,
-        quadratic=0.2,
+        rate=0.1,
     ),
     "fedavg, signs with error feedback": Method(
         lambda loss, rate: compressed(_fedavg(loss, rate), signs(), error_feedback=True),
-        digits=0.1,
-        quadratic=0.2,
+        rate=0.1,
     ),
     "signsgd": Method(
         lambda loss, rate: compressed(fedsgd(loss, optax.sgd(rate)), signs(magnitude=False)),
-        digits=0.01,
-        quadratic=0.05,
+        rate=0.01,
     ),
     "decomfl, private clients in a secure sum": Method(
         lambda loss, rate: privacy.fixed_point(
@@ -241,8 +210,7 @@ DENSE = {
             200.0,
             3,
         ),
-        digits=0.05,
-        quadratic=0.1,
+        rate=0.05,
     ),
     "decomfl, private examples": Method(
         lambda loss, rate: privacy.example_level(
@@ -252,13 +220,11 @@ DENSE = {
             16,
             delta=None,
         ),
-        digits=0.02,
-        quadratic=0.05,
+        rate=0.02,
     ),
     "fedsgd, median": Method(
         lambda loss, rate: fedsgd(loss, optax.sgd(rate), aggregate=aggregation.median),
-        digits=0.1,
-        quadratic=0.1,
+        rate=0.1,
     ),
 }
 METHODS = SCALAR | DENSE
@@ -266,19 +232,19 @@ METHODS = SCALAR | DENSE
 VARIANTS = {
     "magnitude mask": Method(
         _masked,
-        quadratic=0.2,
+        rate=0.2,
         rounds=60,
         mask=lambda loss, params, batch: scaling.magnitude_mask(params, 0.5),
     ),
     "sensitivity mask": Method(
         _masked,
-        quadratic=0.2,
+        rate=0.2,
         rounds=60,
         mask=lambda loss, params, batch: scaling.sensitivity_mask(loss, params, batch, 0.5),
     ),
     "forward gradients": Method(
         lambda loss, rate: decomfl(loss, estimators.forward_gradient(10), optax.sgd(rate)),
-        quadratic=0.1,
+        rate=0.1,
     ),
     "low-rank directions, local steps and momentum": Method(
         lambda loss, rate: decomfl(
@@ -287,26 +253,26 @@ VARIANTS = {
             optax.sgd(rate, momentum=0.5),
             local_steps=2,
         ),
-        quadratic=0.03,
+        rate=0.03,
     ),
     "hiso, low-rank directions and local steps": Method(
         lambda loss, rate: _hiso(loss, rate, perturbation=perturbations.low_rank(), local_steps=2),
-        quadratic=0.03,
+        rate=0.03,
     ),
     "hiso, the first local step's curvature": Method(
-        lambda loss, rate: _hiso(loss, rate, local_steps=2, learn_from="first"), quadratic=0.03
+        lambda loss, rate: _hiso(loss, rate, local_steps=2, learn_from="first"), rate=0.03
     ),
     "hiso, all local steps' curvature": Method(
-        lambda loss, rate: _hiso(loss, rate, local_steps=2, learn_from="all"), quadratic=0.03
+        lambda loss, rate: _hiso(loss, rate, local_steps=2, learn_from="all"), rate=0.03
     ),
     "fedkseed in int8": Method(
-        lambda loss, rate: _fedkseed(loss, rate, local_steps=10, codec=integers(8)), quadratic=0.02
+        lambda loss, rate: _fedkseed(loss, rate, local_steps=10, codec=integers(8)), rate=0.02
     ),
     "fedzo, shared directions": Method(
         lambda loss, rate: fedzo(
             loss, _central(), optax.sgd(rate), local_steps=2, shared_directions=True
         ),
-        quadratic=0.1,
+        rate=0.1,
     ),
     "trimmed mean": _robust(aggregation.trimmed_mean(0.2)),
     "Krum": _robust(aggregation.krum(1)),

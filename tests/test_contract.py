@@ -27,16 +27,15 @@ shapes alone, of the messages and of a dispatch's records."""
 
 OPTIMIZED = (
     "decomfl, local steps and momentum",
-    "decomfl, private examples",
-    "hiso, local steps, the last one's curvature",
     "hiso, the first local step's curvature",
     "hiso, all local steps' curvature",
     "hiso, low-rank directions and local steps",
     "low-rank directions, local steps and momentum",
 )
 """Rows of local steps, compiled with LLVM's optimisations, as users have them, to see that they are
-replayed to the same bits. Without, rounds and replay may differ in the last bits of a number
-(programs.py), so the other rows' replay is close here, and exact in CI's run of users' programs."""
+replayed to the same bits: one method, and all such variants. Without, rounds and replay may differ
+in the last bits of a number (programs.py), so the other rows' replay is close here, and that of all
+methods exact in CI's run of users' programs."""
 
 
 def each(table: dict[str, Any]) -> Any:
@@ -50,9 +49,6 @@ def each(table: dict[str, Any]) -> Any:
 
 rows = each(METHODS)
 """Every method; the tests of one share a process (grouping.py), and there its compiled rounds."""
-
-without_bits = pytest.mark.parametrize("name", METHODS)
-"""The same, compiled quickly."""
 
 
 @functools.cache
@@ -96,7 +92,7 @@ def ran(name: str) -> Ran:
     method, counts = METHODS[name], collections.Counter()
     num_clients, cohort = method.clients
     task = digits(num_clients)
-    algorithm = method.on(task, method.digits)
+    algorithm = method.on(task, method.rate)
     simulator = simulation.make_simulator(
         counted(algorithm, counts), task, clients_per_round=cohort, batch_size=BATCH_SIZE
     )
@@ -117,34 +113,13 @@ def test_it_learns_the_digits(name):
     run, method = ran(name), METHODS[name]
     before = run.simulator.evaluate(run.initial[0].params)["loss"]
     progress = simulation.run(run.simulator, rounds=method.rounds)
-    assert progress.history[-1].metrics["loss"] < 0.8 * before
+    assert progress.history[-1].metrics["loss"] < 0.7 * before
 
 
 @functools.cache
 def client(name: str) -> Any:
     """Returns the client of a method's run, compiled."""
     return jax.jit(ran(name).algorithm.client)
-
-
-@without_bits
-def test_it_descends_on_the_quadratic(name):
-    method = METHODS[name]
-    num_clients, cohort = method.clients
-    problem = quadratic.quadratic(
-        jax.random.key(0), dim=20, effective_rank=5.0, num_clients=num_clients, heterogeneity=0.3
-    )
-    algorithm = method.on(problem.task, method.quadratic)
-    # Noise for batches of 16 examples is that of no ε for these, and no matter here.
-    anyhow = algorithm._replace(expects=algorithm.expects._replace(batch_size=None))
-    simulator = simulation.make_simulator(
-        anyhow,
-        problem.task,
-        clients_per_round=cohort,
-        batch_size=1,
-    )
-    before = simulator.evaluate(simulator.start(None).state.params)["loss"]
-    after = simulation.run(simulator, rounds=method.rounds).history[-1].metrics["loss"]
-    assert after - problem.minimum < 0.5 * (before - problem.minimum)
 
 
 @rows
@@ -236,7 +211,7 @@ def test_a_variant_keeps_the_contract_on_a_quadratic(name):
     )
     task = of_a_matrix(problem.task)
     simulator = simulation.make_simulator(
-        counted(method.on(task, method.quadratic), counts),
+        counted(method.on(task, method.rate), counts),
         task,
         clients_per_round=cohort,
         batch_size=1,

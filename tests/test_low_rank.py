@@ -1,7 +1,6 @@
 """Low-rank directions are the same algorithm: against the formed matrices A Bᵀ."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +76,7 @@ def cohort(local_steps):
     [
         # Local steps take ten seconds to compile; with forward differences they are below.
         (estimators.forward_difference, 1, 1, {"perturbations_at_once": 2}),  # one is left over
-        (estimators.central_difference, 3, 4, {"clients_at_once": 1}),
-        (estimators.central_difference, 1, 4, {"clients_at_once": 1, "perturbations_at_once": 2}),
+        (estimators.central_difference, 3, 4, {"clients_at_once": 1, "perturbations_at_once": 2}),
     ],
 )
 def test_a_round_equals_that_of_formed_matrices(x64, make, local_steps, rank, options):
@@ -112,8 +110,7 @@ def test_a_round_equals_that_of_formed_matrices(x64, make, local_steps, rank, op
 @pytest.mark.parametrize(
     ("name", "local_steps"),
     [
-        ("forward_difference", 1),
-        ("forward_difference", 3),
+        ("forward_difference", 3),  # one local step is above
         ("projection", 3),
         ("forward_gradient", 1),
     ],
@@ -181,12 +178,23 @@ def test_covariance_is_the_identity(rank):
     assert np.linalg.matrix_rank(np.asarray(drawn["w"][0])) == min(rank, 2)
 
 
+def drawn(shapes):
+    """Returns params of a model, by NumPy, since `transformer.init` takes seconds to compile."""
+    random = np.random.default_rng(0)
+
+    def leaf(path, shape):
+        scale = path[-1].key == "scale"
+        return jnp.asarray(scale + 0.02 * random.standard_normal(shape.shape), shape.dtype)
+
+    return jax.tree.map_with_path(leaf, shapes)
+
+
 def test_a_language_model_loses_nothing():
     """OPT and Llama shapes with tied tables: the loss of the formed sum, in float32."""
     low_rank = perturbations.low_rank(1)
     for name in ("opt-125m", "smollm2-135m"):
         config = dataclasses.replace(architectures.named(name), **SMALL)
-        x = jax.jit(functools.partial(transformer.init, config))(jax.random.key(0))
+        x = drawn(transformer.shapes(config))
         tokens = jnp.arange(24).reshape(3, 8)
         mask = jnp.ones((3, 8), bool).at[0, :3].set(False)
 

@@ -83,7 +83,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_inner_products_with_factors_are_those_with_their_arrays(x64, rank):
-    directions = perturbations.low_rank(rank).sample(KEY, params())
+    directions = jax.jit(perturbations.low_rank(rank).sample)(KEY, params())
     for x, z in zip(
         jax.tree.leaves(params()), jax.tree.leaves(directions, is_leaf=sums.is_value), strict=True
     ):
@@ -111,10 +111,15 @@ def low_rank_sums(rank: int) -> tuple:
         shared = sums.Term(None, None, None)
         return value.replace(base=None, terms=(shared.replace(c=0), shared))
 
-    one = jnp.array([0.1, 0.0, -0.3])
-    axes = jax.tree.map(axes_of, jax.eval_shape(near, one), is_leaf=sums.is_value)
-    two = jax.jit(jax.vmap(near, out_axes=axes))(jnp.stack([one, 2 * one]))
-    return jax.jit(near)(one), two, axes
+    one = jax.jit(near)(jnp.array([0.1, 0.0, -0.3]))
+    axes = jax.tree.map(axes_of, one, is_leaf=sums.is_value)
+    two = jax.tree.map(
+        lambda axis, v: v if axis is None else jnp.stack([v, 2 * v]),
+        axes,
+        one,
+        is_leaf=lambda v: v is None,
+    )
+    return one, two, axes
 
 
 @pytest.mark.parametrize("rank", [1, 6])
@@ -138,11 +143,15 @@ def test_low_rank_sums_act_as_their_arrays(x64, name, rank):
 @pytest.mark.parametrize("name", ["stack", "product", "loop", "returned"])
 @pytest.mark.parametrize("make", [perturbations.gaussian, perturbations.rademacher])
 def test_drawn_sums_act_as_their_arrays(make, name):
-    x, fn, directions = params(np.float32), FUNCTIONS[name], make()
-    near = directions.add(x, directions.sample(KEY, x), 0.2)
-    assert isinstance(near["layers"]["kernel"], sums.Drawn)
-    found = structured.evaluate(fn, near, A.astype(np.float32))
-    expected = fn(sums.arrays(near), A.astype(np.float32))
+    fn, directions = FUNCTIONS[name], make()
+
+    @jax.jit
+    def both(x, a):
+        near = directions.add(x, directions.sample(KEY, x), 0.2)
+        assert isinstance(near["layers"]["kernel"], sums.Drawn)
+        return structured.evaluate(fn, near, a), fn(sums.arrays(near), a)
+
+    found, expected = both(params(np.float32), A.astype(np.float32))
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
 
 

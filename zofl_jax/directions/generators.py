@@ -8,6 +8,7 @@ one polynomial without branches: the same numbers to 2e-5 of each.
 `benchmarks/generators.py` measures the rates.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -91,8 +92,13 @@ def _stored(x: Array) -> Array:
     return ~jax.lax.map(jnp.bitwise_not, halves).reshape(-1)[: x.size]
 
 
+@functools.partial(jax.jit, inline=True)
 def _threefry2x32(key: Array, first: Array, second: Array) -> tuple[Array, Array]:
-    """Returns the two words of each block: twenty rounds of threefry2x32."""
+    """Returns the two words of each block: twenty rounds of threefry2x32.
+
+    Its two hundred operations are traced once for each shape, and stand in a program as if they
+    were not in a function: a round draws its directions in many places.
+    """
     schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
     first, second = first + schedule[0], second + schedule[1]
     for i in range(5):
@@ -117,5 +123,6 @@ def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
     """Returns Σ_i coefficients[i] x^i."""
     total = jnp.full_like(x, coefficients[-1])
     for coefficient in coefficients[-2::-1]:
-        total = total * x + np.float32(coefficient)
+        # Not by jnp, through which each operation takes several times as long to trace.
+        total = jax.lax.add(jax.lax.mul(total, x), np.float32(coefficient))
     return total
