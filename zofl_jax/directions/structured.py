@@ -292,8 +292,8 @@ def _convolution(eqn: jaxprs.Equation, x: Any, kernel: Any) -> list[Any] | None:
     """Returns x * W + Σ_t ((x * A_t) c_t) B_tᵀ for kernels whose features are the right side.
 
     What is narrow is added so, for the price of a few features more; where the columns together are
-    as many as the features or more, as in clients' own models after some steps, the kernel is formed
-    of them, which is small.
+    as many as the features or more, as in clients' own models after some steps, the kernel is
+    formed of them, which is small.
     """
     if not isinstance(kernel, LowRank) or is_value(x):
         return None
