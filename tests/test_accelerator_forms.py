@@ -103,9 +103,9 @@ def test_directions_are_the_same_numbers(make, monkeypatch):
                     perturbation.accumulate(keys.direction_keys(key, 3), params, scalars),
                 )
             )
+    # Signs to the bit; normals go through a polynomial, fused in one way or another.
+    close = 0 if make is perturbations.rademacher else 1e-6
     for drawn, total in found[1:]:
-        # Signs to the bit; normals go through a polynomial, fused in one way or another.
-        close = 0 if make is perturbations.rademacher else 1e-6
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=close), drawn, found[0][0])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), total, found[0][1])
 
