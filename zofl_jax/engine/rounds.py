@@ -117,10 +117,11 @@ def make_advance(
         def body(loop: Loop) -> Loop:
             record, memory, healthy = exchange(loop.state, loop.memory, train, root)
             key = keys.round_key(root.shared, loop.state.round)
+            done = loop.done + healthy
             after = _server_if(healthy, algorithm, key, loop.state, record.broadcast)
             records = jax.tree.map(lambda b, x: b.at[loop.done].set(x), loop.records, record)
             after, memory, records = where.settled((after, memory, records), after.params)
-            return Loop(loop.done + healthy, after, memory, records, healthy, record.loss)
+            return Loop(done, after, memory, records, healthy, record.loss)
 
         record, _, _ = jax.eval_shape(exchange, state, memory, train, root)
         buffers = jax.tree.map(lambda x: jnp.zeros((rounds_at_most, *x.shape), x.dtype), record)
