@@ -101,6 +101,12 @@ def test_the_library_prints_nothing():
                 assert node.func.id != "print", f"{path.name}:{node.lineno}"
 
 
+def test_only_platforms_and_placement_ask_for_the_backend():
+    """A program may be traced for another machine, see `platforms.py`."""
+    asking = {path.name for path in MODULES if "default_backend" in path.read_text()}
+    assert asking == {"platforms.py", "placement.py"}
+
+
 def strings(path: pathlib.Path) -> set[str]:
     """Returns the string constants of a module, docstrings aside."""
     tree = ast.parse(path.read_text())
