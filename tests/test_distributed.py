@@ -224,3 +224,25 @@ def test_the_port_is_nobody_elses():
         with pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.1", port))
         assert port > 0
+
+
+def test_params_split_over_processes_are_trained_evaluated_and_resumed(commands):
+    """Two processes of two devices, the weights over all four: no process has them all."""
+    mesh = "--mesh=clients:1,model:4"
+    launch = ("-m", "experiments.launch_local", "--processes=2", "--devices_per_process=2", "--")
+    for rounds in (4, 10):
+        ended = commands.run(*launch, *TRAIN[:-2], f"--rounds={rounds}", mesh, "--workdir=split")
+        assert ended.code == 0, ended.err
+    assert "no process has the whole params" not in ended.err  # the last snapshot was of round 4
+    split, one = commands.folder / "split", commands.folder / "one"
+    end = commands.run(
+        *("-m", "experiments.train", *TRAIN[:-2], "--rounds=10", "--devices=1", "--workdir=one")
+    )
+    assert end.code == 0, end.err
+    assert summary_of(split)["device"] == "cpu x 4"
+    np.testing.assert_allclose(broadcasts(split), broadcasts(one), atol=2e-3)
+    values, expected = (
+        {name: value for (r, name), value in logged(run)[1].items() if r == 10 and "test" in name}
+        for run in (split, one)
+    )
+    assert values["test_loss"] == pytest.approx(expected["test_loss"], abs=1e-4)
