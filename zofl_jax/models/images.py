@@ -36,6 +36,6 @@ MODELS: Mapping[str, ImageModel] = {
     "mlp": ImageModel(mlp.MLP, False, Curvature(1500, 20), Curvature(700, 4)),
     "mnist_cnn": ImageModel(cnn.MnistCnn, True, Curvature(4000, 30), Curvature(1000, 27)),
     "fashion_cnn": ImageModel(cnn.FashionCnn, True, Curvature(10_000, 30)),
-    "lenet": ImageModel(cnn.LeNet, True, Curvature(400, 30)),
+    "lenet": ImageModel(cnn.LeNet, True, Curvature(1200, 30)),
 }
 """By name; the first is the default."""
