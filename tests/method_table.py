@@ -24,6 +24,7 @@ from zofl_jax.algorithms import (
     fedyogi,
     fedzo,
     feedsign,
+    ferret,
     hiso,
     mezo,
     scaffold,
@@ -144,6 +145,11 @@ SCALAR = {
         digits=0.1,
         quadratic=0.2,
         rounds=80,
+    ),
+    "ferret": Method(
+        lambda loss, rate: ferret(loss, optax.sgd(rate), 40, local_steps=3),
+        digits=1.0,
+        quadratic=0.3,
     ),
     "mezo": Method(
         lambda loss, rate: mezo(loss, 1e-3, optax.sgd(rate)),
@@ -305,6 +311,12 @@ VARIANTS = {
     "fedzo, shared directions": Method(
         lambda loss, rate: fedzo(
             loss, _central(), optax.sgd(rate), local_steps=2, shared_directions=True
+        ),
+        quadratic=0.1,
+    ),
+    "ferret, low-rank directions and what they don't say": Method(
+        lambda loss, rate: ferret(
+            loss, optax.sgd(rate), 10, perturbations.low_rank(2), local_steps=3, remainder=True
         ),
         quadratic=0.1,
     ),

@@ -58,6 +58,7 @@ OWN = {
     "fedyogi": {"momentum": 0.0},
     "fedadagrad": {"momentum": 0.0},
     "scaffold": {"momentum": 0.0},
+    "ferret": {"momentum": 0.0, "num_perturbations": 320},
 }
 """What each method has by default whatever the task: the papers' settings, written out."""
 
@@ -161,7 +162,7 @@ def test_what_a_comparison_shares_may_be_without_effect_and_nothing_else_may():
 
 def test_uploads_are_told_by_their_shapes():
     found = {name: kind_of_upload(name) for name in METHODS}
-    scalars = ("decomfl", "hiso", "mezo")
+    scalars = ("decomfl", "hiso", "mezo", "ferret")
     special = {"feedsign": Upload.BITS, "scaffold": Upload.TREES}
     special |= dict.fromkeys(("fedkseed", "fedkseed_pro"), Upload.SEEDS)
     special |= dict.fromkeys(scalars, Upload.SCALARS)
@@ -183,10 +184,12 @@ def test_the_help_shows_every_setting_once_with_its_choices_and_its_defaults_by_
     for name in everything():
         assert len(re.findall(rf"^  --{name}( |$)", text, re.M)) == 1, name
     flat = " ".join(text.split())
-    directions = "Unless given, texts: 5; fedkseed, fedkseed_pro: always 1; feedsign, mezo: 1."
-    assert f"P, directions of a local step. {directions}" in flat
+    directions = (
+        "Unless given, texts: 5; fedkseed, fedkseed_pro: always 1; feedsign, mezo: 1; ferret: 320."
+    )
+    assert f"of a round where its change is projected on them. {directions}" in flat
     assert "One of iid, dirichlet, shards, natural." in flat
-    assert "Of fedadam, fedyogi, fedadagrad, scaffold alone:" in text
+    assert "Of fedadam, fedyogi, fedadagrad, scaffold, ferret alone:" in text
 
 
 def test_a_setting_says_what_is_wrong_with_a_value():

@@ -22,6 +22,8 @@ from zofl_jax.algorithms.fedzo import METHOD as FEDZO
 from zofl_jax.algorithms.fedzo import fedzo
 from zofl_jax.algorithms.feedsign import METHOD as FEEDSIGN
 from zofl_jax.algorithms.feedsign import feedsign
+from zofl_jax.algorithms.ferret import METHOD as FERRET
+from zofl_jax.algorithms.ferret import ferret
 from zofl_jax.algorithms.hiso import METHOD as HISO
 from zofl_jax.algorithms.hiso import hiso
 from zofl_jax.algorithms.method import Method, Parts, Refusal
@@ -32,7 +34,7 @@ from zofl_jax.algorithms.scaffold import scaffold
 
 _ROWS = (
     *(DECOMFL, HISO, FEDKSEED, FEDKSEED_PRO, FEEDSIGN, FEDZO, MEZO),
-    *(FEDAVG, FEDPROX, FEDSGD, *FEDOPT, SCAFFOLD),
+    *(FEDAVG, FEDPROX, FEDSGD, *FEDOPT, SCAFFOLD, FERRET),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
@@ -52,6 +54,7 @@ __all__ = [
     "fedyogi",
     "fedzo",
     "feedsign",
+    "ferret",
     "hiso",
     "mezo",
     "scaffold",

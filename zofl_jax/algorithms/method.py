@@ -98,6 +98,7 @@ class Method:
       defaults: settings whose default is another here.
       fixed: settings that can have one value alone here.
       refuses: settings that have values which are not possible here.
+      reads: settings of directions that it reads with `order` 1; with 0 it reads them all.
       takes: those of "codec" and "rule" that `build` gives the algorithm itself. Where it doesn't,
         uploads are compressed from outside, and the algorithm's `aggregate` is replaced.
       coefficients: whether at K > 1 clients' models are coefficients of shared low-rank directions,
@@ -113,6 +114,7 @@ class Method:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     refuses: Mapping[str, Refusal] = dataclasses.field(default_factory=dict)
+    reads: Collection[str] = ()
     takes: Collection[str] = ()
     coefficients: bool = False
     private: Callable[[Any], bool] = lambda options: False

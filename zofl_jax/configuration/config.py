@@ -119,7 +119,11 @@ class Directions:
         "gaussian", "Distribution of the directions.", choices=choices.PERTURBATIONS
     )
     rank: int = setting(1, "Rank of low_rank directions.", least=1)
-    num_perturbations: int = setting(20, "P, directions of a local step.", least=1)
+    num_perturbations: int = setting(
+        20,
+        "P, directions of a local step; of a round where its change is projected on them.",
+        least=1,
+    )
     smoothing: float = setting(
         1e-3, "μ, the length of a perturbation in units of z.", within=positive()
     )

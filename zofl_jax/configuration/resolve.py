@@ -285,8 +285,8 @@ def _check_privacy(config: Config) -> None:
         )
     if config.dp == "example" and config.method.order == 1:
         raise ValueError(
-            f"--dp=example clips scalars, which --algorithm={config.algorithm} has not: use a "
-            "zeroth-order algorithm, or --dp=client"
+            f"--dp=example clips each example's scalars, which --algorithm={config.algorithm} does "
+            "not measure: use a zeroth-order algorithm, or --dp=client"
         )
 
 
@@ -322,7 +322,7 @@ def _check_schedule(config: Config) -> None:
     for letter, name in {"mu": "smoothing", "P": "num_perturbations"}.items():
         if not schedules.changing(changes, name):
             continue
-        if config.method.order == 1 or name in config.method.fixed:
+        if not needs.reads(config.method, name) or name in config.method.fixed:
             raise ValueError(
                 f"--schedule: {letter} has no effect with --algorithm={config.algorithm}: leave it "
                 f"out of {config.schedule!r}"
