@@ -29,6 +29,7 @@ from zofl_jax.algorithms import (
     mezo,
     scaffold,
 )
+from zofl_jax.algorithms.step_rules import normalized, radazo, second_moment
 from zofl_jax.conditions import aggregation, privacy
 from zofl_jax.conditions.compression import compressed, floats, integers, signs, top_k
 from zofl_jax.core import Algorithm, Batch, LossFn, Params, Task
@@ -312,6 +313,26 @@ VARIANTS = {
         lambda loss, rate: fedzo(
             loss, _central(), optax.sgd(rate), local_steps=2, shared_directions=True
         ),
+        quadratic=0.1,
+    ),
+    "normalised by the spread of the losses": Method(
+        lambda loss, rate: decomfl(
+            loss, _central(), optax.sgd(rate), local_steps=2, step_rule=normalized()
+        ),
+        quadratic=0.05,
+    ),
+    "one second moment, low-rank directions and local steps": Method(
+        lambda loss, rate: decomfl(
+            loss,
+            _central(perturbation=perturbations.low_rank()),
+            optax.sgd(rate, momentum=0.5),
+            local_steps=2,
+            step_rule=second_moment(),
+        ),
+        quadratic=0.01,
+    ),
+    "R-AdaZO": Method(
+        lambda loss, rate: decomfl(loss, _central(), radazo(rate)),
         quadratic=0.1,
     ),
     "ferret, low-rank directions and what they don't say": Method(

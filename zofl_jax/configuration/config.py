@@ -86,7 +86,7 @@ class Learning:
     optimizer: str = setting(
         "sgd",
         "Optimiser: the one that everyone replays, of methods with dense uploads the clients' own.",
-        choices=("sgd", "adam"),
+        choices=choices.OPTIMIZERS,
     )
     learning_rate: float | None = setting(
         None,
@@ -95,7 +95,7 @@ class Learning:
     )
     momentum: float = setting(0.9, "Momentum of sgd.", within=share(below_one=True))
     weight_decay: float = setting(
-        0.0, "Weight decay: added to the direction (sgd), decoupled (adam).", least=0
+        0.0, "Weight decay: added to the direction (sgd), decoupled (others).", least=0
     )
     schedule: str = setting(
         "",

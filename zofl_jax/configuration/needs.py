@@ -110,6 +110,8 @@ NEEDS: Mapping[str, tuple[Need, ...]] = {
     "smoothing": (_DIFFERENCES,),
     "perturbations_at_once": (_DIFFERENCES,),
     "mask_density": (_with("mask", "random", "magnitude", "sensitivity"),),
+    "step_rule": (_with("optimizer", "sgd"),),
+    "step_decay": (_with("step_rule", "meazo"),),
     "ferret_rank": (
         _but_with(
             lambda config: "--ferret_remainder, where the step is that of the least error",

@@ -26,6 +26,7 @@ where it is above the one that `diagnostics.trace` finds along a descent.
 
 import math
 
+from zofl_jax.algorithms.step_rules import RULES
 from zofl_jax.configuration import kinds
 from zofl_jax.configuration.config import Config
 from zofl_jax.models.images import MODELS, Curvature
@@ -59,7 +60,8 @@ def default(config: Config) -> float:
     count = math.inf if config.method.order else config.num_perturbations
     momentum = config.momentum if config.optimizer == "sgd" else 0.0
     rate = SHARE * (1 - momentum) * edge(curvature(config), count, momentum)
-    if config.optimizer == "adam":
+    rate *= RULES[str(config.get("step_rule"))].divisor(GRADIENT_NORM, config.num_perturbations)
+    if config.optimizer != "sgd":
         # A step of Adam has the length η √d, one of P directions η ‖g‖ √(d / P).
         rate = ADAM if count == math.inf else rate * GRADIENT_NORM / math.sqrt(count)
     return float(f"{rate:.1e}")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from zofl_jax.algorithms import METHODS, Refusal
+from zofl_jax.algorithms import METHODS, Refusal, step_rules
 from zofl_jax.configuration import (
     choices,
     kinds,
@@ -244,6 +244,12 @@ def _check_adversity(config: Config) -> None:
     if changed and not messages.upload(config).numbers:
         refusal = Refusal("whose uploads are no numbers")
         raise ValueError(_refused(config, changed[0], refusal))
+    if config.late_weight and config.get("step_rule") != step_rules.PLAIN:
+        raise ValueError(
+            f"--late_weight={config.late_weight} is not possible with "
+            f"--step_rule={config.get('step_rule')}, whose steps are as long whatever an upload "
+            f"weighs: use --step_rule={step_rules.PLAIN}"
+        )
     if config.secure_sum and config.attack in ("nan", "inf"):
         raise ValueError(
             f"--attack={config.attack} is not possible with --secure_sum, whose uploads are "
