@@ -81,6 +81,15 @@ def test_mezo_on_texts_is_mezo():
     assert (config.estimator, config.local_steps) == ("central", 1)
 
 
+def test_natural_clients_of_snippets_are_their_documents():
+    natural = {"task": "editorials", "partition": "natural"}
+    config = resolve(natural | {"least_examples": 4})
+    assert config.client_column == "document" and config.data_dir
+    assert resolve(natural | {"client_column": "writer"}).client_column == "writer"
+    with pytest.raises(ValueError, match="--partition=natural needs --client_column"):
+        resolve(natural | {"task": "reviews"})
+
+
 def test_what_is_given_goes_before_methods_and_these_before_tasks():
     texts = {"task": "reviews", "algorithm": "fedkseed"}
     assert resolve(texts).local_steps == 200
@@ -105,6 +114,7 @@ SILENT_BEFORE = [
     ({"partition": "natural", "num_clients": 9}, "natural, where owners are the clients"),
     ({"shards_per_client": 3}, "--shards_per_client has no effect with --partition=iid"),
     ({"missing_owner": "drop"}, "--missing_owner has no effect with --partition=iid"),
+    ({"least_examples": 4}, "--least_examples has no effect with --partition=iid"),
     ({"shots": 4}, "--shots has no effect with --task=digits, it is for texts"),
 ]
 

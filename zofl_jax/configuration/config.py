@@ -55,6 +55,9 @@ class Data:
         "given), left out, or a client of its own.",
         choices=("error", "drop", "own"),
     )
+    least_examples: int = setting(
+        0, "Owners of fewer training examples are left out (--partition=natural).", least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +282,9 @@ class Texts:
     text_column: str = setting("text", f"Column of the text (--task={kinds.OWN_TEXTS}).")
     label_column: str = setting("label", f"Column of the label (--task={kinds.OWN_TEXTS}).")
     client_column: str | None = setting(
-        None, "Column that names an example's owner (--partition=natural)."
+        None,
+        "Column that names an example's owner (--partition=natural); the document of snippets "
+        "unless given.",
     )
     held_out: float = setting(
         0.1,

@@ -321,6 +321,7 @@ def _owned(
             owners,
             config.missing_owner or "error",
             lambda i: f"{dataset.name}, train, example {i} (from 0)",
+            config.least_examples,
         )
         if len(kept) < len(owners):
             train = {name: column[kept] for name, column in dataset.train.items()}

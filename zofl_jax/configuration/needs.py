@@ -73,6 +73,7 @@ NEEDS: Mapping[str, tuple[Need, ...]] = {
     "dirichlet_alpha": (_with("partition", "dirichlet"),),
     "shards_per_client": (_with("partition", "shards"),),
     "missing_owner": (_with("partition", "natural"),),
+    "least_examples": (_with("partition", "natural"),),
     "client_column": (_with("partition", "natural"),),
     "num_clients": (
         _but_with(

@@ -26,6 +26,7 @@ from zofl_jax.configuration import (
 from zofl_jax.configuration.config import Config, everything, general
 from zofl_jax.configuration.experiment import convolutional
 from zofl_jax.data import cache
+from zofl_jax.data import text as text_data
 from zofl_jax.models.images import MODELS
 from zofl_jax.settings import Value, settings_of
 from zofl_jax.tasks import objectives
@@ -157,7 +158,7 @@ def _of_texts(config: Config) -> Config:
     config = config.replace(model=model, bos=config.bos or "auto")
     if own and config.template is None:
         config = config.replace(template=f"{{{config.text_column}}} It was")
-    if config.task == "reviews" and config.data_dir is None:
+    if config.task in text_data.SCORED and config.data_dir is None:
         config = config.replace(data_dir=str(cache.reviews()))
     for name in ("lora_pattern", "train_only"):
         try:
@@ -189,6 +190,9 @@ def _with_objective(config: Config) -> Config:
             "iid or natural"
         )
     if config.partition == "natural" and config.client_column is None:
+        source = text_data.SCORED.get(config.task)
+        if source and source.owner:
+            return config.replace(objective=objective, client_column=source.owner)
         raise ValueError("--partition=natural needs --client_column with each example's owner")
     return config.replace(objective=objective)
 
