@@ -2,9 +2,9 @@
 
     python -m benchmarks.sketches --out=benchmarks/results/sketches.json
 
-Each shape of params is sketched by `COUNT` directions for a cohort of `CLIENTS`, and the mean is
+Each shape of params is sketched by some directions for a cohort of `CLIENTS`, and the mean is
 expanded, by block and along the whole vector, for each kind of direction. A figure is microseconds
-a direction; by block a direction is one of a block, about `COUNT` in all.
+a direction; by block a direction is one of a block, about as many in all.
 """
 
 import functools
@@ -19,10 +19,16 @@ from zofl_jax.directions import perturbations
 from zofl_jax.directions.sketches import Sketch, sketch
 from zofl_jax.engine import compilation, placement
 
-COUNT, SMOKE_COUNT, CLIENTS = 1024, 8, 5
-SHAPES: dict[str, Any] = {
-    "perceptron, 3,610": {"in": (64, 48), "in_bias": (48,), "out": (48, 10), "out_bias": (10,)},
-    "decoder layers, 3,541,824": {"layers": {"down": (2, 1536, 576), "up": (2, 576, 1536)}},
+SMOKE_COUNT, CLIENTS = 8, 5
+SHAPES: dict[str, tuple[int, Any]] = {
+    "perceptron, 3,610": (
+        1024,
+        {"in": (64, 48), "in_bias": (48,), "out": (48, 10), "out_bias": (10,)},
+    ),
+    "decoder layers, 3,538,944": (
+        32,
+        {"layers": {"down": (2, 1536, 576), "up": (2, 576, 1536)}},
+    ),
 }
 KINDS = {
     "gaussian": perturbations.gaussian,
@@ -38,11 +44,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     measuring.check_repeats(made, options)
     placement.use_cpu_devices(1)
     measuring.without_cache()
-    count = SMOKE_COUNT if options.smoke else COUNT
     names, jobs = [], []
-    for title, shapes in SHAPES.items():
+    for title, (full, shapes) in SHAPES.items():
         if options.smoke and "decoder" in title:
             continue
+        count = SMOKE_COUNT if options.smoke else full
         key, x = jax.random.key(0), _filled(shapes)
         for kind, make in KINDS.items():
             for by_block in (True, False):

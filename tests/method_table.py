@@ -26,6 +26,7 @@ from zofl_jax.algorithms import (
     feedsign,
     ferret,
     hiso,
+    hybrid,
     mezo,
     scaffold,
 )
@@ -208,6 +209,13 @@ DENSE = {
         lambda loss, rate: fedadagrad(loss, optax.sgd(rate), 0.1, local_steps=3),
         digits=0.1,
         quadratic=0.2,
+    ),
+    "hybrid": Method(
+        lambda loss, rate: hybrid(
+            loss, _central(), optax.sgd(rate, momentum=0.5), optax.sgd(rate), local_steps=2
+        ),
+        digits=0.05,
+        quadratic=0.3,
     ),
     "scaffold": Method(
         lambda loss, rate: scaffold(loss, rate, share=3 / 8, local_steps=3),

@@ -46,7 +46,8 @@ def test_every_algorithm_is_built_from_its_name(name):
             "ferret": 4 * (267 + 53),  # of 320, for 15 and 3 params
         }.get(name, 200 * (2 + 4))
     else:
-        assert sent == (2 if name == "scaffold" else 1) * 18 * 4
+        numbers = {"scaffold": 2 * 18, "hybrid": 4 * 20 + 15}  # of which 15 are the last leaf's
+        assert sent == numbers.get(name, 18) * 4
     expected = {"local_steps": 4, **METHODS[name].defaults, **METHODS[name].fixed}
     assert algorithm.local_steps == expected["local_steps"]
     assert (messages.sync is None) == (name in SCALARS - {"fedkseed", "fedkseed_pro", "ferret"})

@@ -59,6 +59,7 @@ OWN = {
     "fedadagrad": {"momentum": 0.0},
     "scaffold": {"momentum": 0.0},
     "ferret": {"momentum": 0.0, "num_perturbations": 320},
+    "hybrid": {"momentum": 0.0},
 }
 """What each method has by default whatever the task: the papers' settings, written out."""
 
@@ -173,7 +174,7 @@ def test_what_a_comparison_shares_may_be_without_effect_and_nothing_else_may():
 def test_uploads_are_told_by_their_shapes():
     found = {name: kind_of_upload(name) for name in METHODS}
     scalars = ("decomfl", "hiso", "mezo", "ferret")
-    special = {"feedsign": Upload.BITS, "scaffold": Upload.TREES}
+    special = {"feedsign": Upload.BITS, "scaffold": Upload.TREES, "hybrid": Upload.TREES}
     special |= dict.fromkeys(("fedkseed", "fedkseed_pro"), Upload.SEEDS)
     special |= dict.fromkeys(scalars, Upload.SCALARS)
     assert found == {name: special.get(name, Upload.PARAMS) for name in METHODS}

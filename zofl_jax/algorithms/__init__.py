@@ -26,6 +26,8 @@ from zofl_jax.algorithms.ferret import METHOD as FERRET
 from zofl_jax.algorithms.ferret import ferret
 from zofl_jax.algorithms.hiso import METHOD as HISO
 from zofl_jax.algorithms.hiso import hiso
+from zofl_jax.algorithms.hybrid import METHOD as HYBRID
+from zofl_jax.algorithms.hybrid import hybrid
 from zofl_jax.algorithms.method import Method, Parts, Refusal
 from zofl_jax.algorithms.mezo import METHOD as MEZO
 from zofl_jax.algorithms.mezo import mezo
@@ -34,7 +36,7 @@ from zofl_jax.algorithms.scaffold import scaffold
 
 _ROWS = (
     *(DECOMFL, HISO, FEDKSEED, FEDKSEED_PRO, FEEDSIGN, FEDZO, MEZO),
-    *(FEDAVG, FEDPROX, FEDSGD, *FEDOPT, SCAFFOLD, FERRET),
+    *(FEDAVG, FEDPROX, FEDSGD, *FEDOPT, SCAFFOLD, FERRET, HYBRID),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
@@ -56,6 +58,7 @@ __all__ = [
     "feedsign",
     "ferret",
     "hiso",
+    "hybrid",
     "mezo",
     "scaffold",
 ]

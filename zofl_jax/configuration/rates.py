@@ -57,7 +57,8 @@ def default(config: Config) -> float:
     >>> default(resolve(given | {"momentum": 0.0}))  # 0.3 · 2 / (1.25 + 5 · 12 / 4)
     0.037
     """
-    count = math.inf if config.method.order else config.num_perturbations
+    measured = config.method.order == 0 or "estimator" in config.method.reads
+    count = config.num_perturbations if measured else math.inf
     momentum = config.momentum if config.optimizer == "sgd" else 0.0
     rate = SHARE * (1 - momentum) * edge(curvature(config), count, momentum)
     rate *= RULES[str(config.get("step_rule"))].divisor(GRADIENT_NORM, config.num_perturbations)
