@@ -89,6 +89,17 @@ def test_a_schedule_of_its_directions_changes_the_message_alone():
     assert sizes == [6, 12]
 
 
+def test_the_default_rate_counts_the_noise_of_a_step_that_is_k_steps_long():
+    """Of the perceptron's curvature, trace 700 and top 4: f is 1/6 of K = 4 steps, at P = 20."""
+    flags = ["--algorithm=ferret", "--model=mlp", "--num_perturbations=20"]
+    share = 4 / 6 / 20
+    expected = 0.3 * 2 / ((1 + share) * 4 + 700 * share)
+    assert resolve(*flags).learning_rate == pytest.approx(expected, rel=0.05)
+    first_order = resolve("--algorithm=fedavg", "--model=mlp").learning_rate
+    assert resolve(*flags, "--ferret_remainder").learning_rate == first_order
+    assert resolve("--algorithm=ferret", "--model=softmax").learning_rate < first_order
+
+
 @pytest.mark.parametrize("kind", ["rademacher", "low_rank"])
 def test_its_directions_are_those_of_its_flags(kind):
     config = resolve("--algorithm=ferret", f"--perturbation={kind}", "--num_perturbations=6")

@@ -173,6 +173,14 @@ def build(parts: Parts, options: Options) -> Algorithm:
     )
 
 
+def _noise(options: Options, num_directions: int, local_steps: int) -> float:
+    """Returns that of K local steps, which are sent as one step and shrunk."""
+    if options.ferret_remainder:
+        return 0.0
+    f = num_directions / (num_directions + options.ferret_rank)
+    return local_steps * options.server_learning_rate * f
+
+
 METHOD = Method(
     "ferret",
     build,
@@ -181,4 +189,5 @@ METHOD = Method(
     options=Options,
     defaults={"momentum": 0.0, "num_perturbations": 320, "server_learning_rate": 1.0},
     reads=("perturbation", "rank", "num_perturbations"),
+    noise=_noise,
 )

@@ -295,4 +295,5 @@ METHOD = Method(
         *("estimator", "perturbation", "rank", "num_perturbations", "smoothing"),
         "perturbations_at_once",
     ),
+    noise=lambda options, num_perturbations, local_steps: 1.0,
 )

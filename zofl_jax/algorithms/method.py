@@ -103,6 +103,9 @@ class Method:
         uploads are compressed from outside, and the algorithm's `aggregate` is replaced.
       coefficients: whether at K > 1 clients' models are coefficients of shared low-rank directions,
         which takes a linear optimiser; otherwise every client has a copy of the params.
+      noise: (its own settings, P, K) -> the noise of its steps, as a multiple of that of a gradient
+        estimated along P directions, for the learning rate of a run that is given none. Unless
+        given it is 1 of order 0, and none of order 1.
       private: its own settings -> whether they make it differentially private by itself.
     """
 
@@ -117,4 +120,5 @@ class Method:
     reads: Collection[str] = ()
     takes: Collection[str] = ()
     coefficients: bool = False
+    noise: Callable[[Any, int, int], float] | None = None
     private: Callable[[Any], bool] = lambda options: False
