@@ -5,17 +5,23 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto
 
-.PHONY: demo smollm2 reviews test quick check docs clean
+.PHONY: demo smollm2 reviews product_reviews editorials test quick check docs clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m experiments.compare --flagfile=experiments/flagfiles/demo.flags
 
-# Real weights and real text, into the user's cache folder.
+# Real weights and real texts, into the user's cache folder.
 smollm2: $(VENV)/.installed
-	$(RUN) -m experiments.fetch smollm2
+	$(RUN) -m experiments.fetch $@
 
 reviews: $(VENV)/.installed
-	$(RUN) -m experiments.fetch reviews
+	$(RUN) -m experiments.fetch $@
+
+product_reviews: $(VENV)/.installed
+	$(RUN) -m experiments.fetch $@
+
+editorials: $(VENV)/.installed
+	$(RUN) -m experiments.fetch $@
 
 # The tests, and nothing but tests: what a user runs.
 test: $(VENV)/.test-installed

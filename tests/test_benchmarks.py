@@ -17,6 +17,7 @@ from benchmarks import (
     memory,
     precision,
     round,
+    sketches,
     speed,
     workloads,
 )
@@ -130,6 +131,13 @@ def test_the_decoders_whose_precision_is_measured(name, size):
 
 
 @pytest.mark.optimized  # threefry4x32, of which else nothing is left but recomputation
+def test_sketches_cost(tmp_path):
+    rows = run(sketches, tmp_path)["rows"]
+    assert {row["kind"] for row in rows} == set(sketches.KINDS)
+    assert all(row["microseconds_a_direction"] > 0 for row in rows)
+    assert {row["directions"] for row in rows if not row["by_block"]} == {sketches.SMOKE_COUNT}
+
+
 def test_generators_rates(tmp_path):
     result = run(generators, tmp_path)
     assert result["rates"].keys() == set(keys.IMPLEMENTATIONS)

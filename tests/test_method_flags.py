@@ -18,7 +18,7 @@ from zofl_jax.configuration.phases import build_phases
 from zofl_jax.engine import ledger
 from zofl_jax.settings import settings_of
 
-SCALARS = {"decomfl", "hiso", "mezo", "feedsign", "fedkseed", "fedkseed_pro"}
+SCALARS = {"decomfl", "hiso", "mezo", "feedsign", "fedkseed", "fedkseed_pro", "ferret"}
 
 
 def shapes(*arguments):
@@ -43,12 +43,14 @@ def test_every_algorithm_is_built_from_its_name(name):
             "hiso": 4 * 20 * 4,
             "mezo": 4,
             "feedsign": 1,
+            "ferret": 4 * (267 + 53),  # of 320, for 15 and 3 params
         }.get(name, 200 * (2 + 4))
     else:
-        assert sent == (2 if name == "scaffold" else 1) * 18 * 4
+        numbers = {"scaffold": 2 * 18, "hybrid": 4 * 20 + 15}  # of which 15 are the last leaf's
+        assert sent == numbers.get(name, 18) * 4
     expected = {"local_steps": 4, **METHODS[name].defaults, **METHODS[name].fixed}
     assert algorithm.local_steps == expected["local_steps"]
-    assert (messages.sync is None) == (name in SCALARS - {"fedkseed", "fedkseed_pro"})
+    assert (messages.sync is None) == (name in SCALARS - {"fedkseed", "fedkseed_pro", "ferret"})
 
 
 def test_what_methods_say_of_settings_names_settings():
@@ -133,6 +135,7 @@ def player(algorithm):
         ["--algorithm=fedyogi"],
         ["--algorithm=fedsgd"],
         ["--algorithm=scaffold"],
+        ["--algorithm=ferret", "--num_perturbations=12"],
     ],
     ids=lambda arguments: arguments[0].partition("=")[2],
 )

@@ -12,7 +12,7 @@ import pytest
 from tiny_tasks import BATCH_SIZE, softmax_task
 
 from zofl_jax import keys
-from zofl_jax.algorithms import decomfl
+from zofl_jax.algorithms import decomfl, ferret
 from zofl_jax.core import Phase, Task
 from zofl_jax.data import batches as data_batches
 from zofl_jax.directions import estimators, perturbations
@@ -359,6 +359,89 @@ def test_quadratic_agrees(x64):
     spectrum = np.exp(-decay_rate(dim, effective_rank) * np.arange(dim))
     matrix = reflection @ np.diag(spectrum) @ reflection
     assert_agreement(simulator, agreement, oracle.quadratic(matrix))
+
+
+@pytest.mark.parametrize(
+    ("by_block", "rank", "remainder"), [(True, 18.0, True), (False, 2.0, False)]
+)
+def test_ferret_agrees(x64, by_block, rank, remainder):
+    """Local SGD, sketches, what is left of them, and the shorter of two ways to catch up."""
+    count, steps, server_rate = 6, 3, 0.5
+    task = softmax_task(np.float64)
+    algorithm = ferret(
+        task.loss,
+        optax.sgd(RATE),
+        count,
+        RADEMACHER,
+        local_steps=steps,
+        server_rate=server_rate,
+        by_block=by_block,
+        effective_rank=rank,
+        remainder=remainder,
+    )
+    simulator = simulation.make_simulator(
+        algorithm, task, clients_per_round=COHORT, batch_size=BATCH_SIZE
+    )
+    library, schedule, book = run_library(simulator)
+    params = jax.tree.map(np.asarray, task.init(simulator.root.init))
+    draw = functools.partial(draw_lines, count, by_block, RADEMACHER, params)
+    agreement = oracle.Ferret(
+        steps,
+        RATE,
+        server_rate,
+        rank,
+        functools.cache(draw),
+        {name: x.shape for name, x in params.items()},
+        np.dtype(np.float64),
+    )
+    server = oracle.FerretServer(agreement, params, task.train.num_clients, remainder)
+    channel = oracle.Channel()
+    for r, (cohort, seed) in enumerate(zip(schedule.cohorts.tolist(), schedule.seeds, strict=True)):
+
+        def batches(client: int) -> list[oracle.Batch]:
+            drawn = draw_client_batches(simulator.root.batches, task.train, r, client, steps)  # noqa: B023
+            return [jax.tree.map(lambda x: np.asarray(x)[k], drawn) for k in range(steps)]  # noqa: B023
+
+        server.run_round(cohort, oracle.softmax_regression(), batches, seed.tobytes(), channel)
+        assert_close(library.broadcasts[r], np.frombuffer(server.log[r][1]))
+        for name, expected in server.params.items():
+            if r + 1 in library.params:
+                assert_close(library.params[r + 1][name], expected)
+    reference = Run([], {}, channel.rounds)
+    assert_bytes_agree(library, reference, book)
+    assert server.sent == {"model", "missed rounds"}
+
+
+def draw_lines(
+    count: int, by_block: bool, perturbation: Any, params: oracle.Tree, seed: bytes
+) -> list[oracle.Line]:
+    """Returns the lines of a round: 15 and 3 params have 5 and 1 of 6, leaves by their names."""
+    drawn = draw_blocks(count, by_block, perturbation, params, np.frombuffer(seed, np.uint32))
+    if not by_block:
+        rows = [dict(zip(drawn, z, strict=True)) for z in zip(*drawn.values(), strict=True)]
+        return [oracle.Line(jax.tree.map(np.asarray, z), count, 18) for z in rows]
+    zeros = {name: np.zeros_like(x) for name, x in params.items()}
+    return [
+        oracle.Line({**zeros, name: np.asarray(z)}, len(block), params[name].size)
+        for name, block in drawn.items()
+        for z in block
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def draw_blocks(count, by_block, perturbation, params, words):
+    key = jax.random.wrap_key_data(words)
+
+    def draw(key, count, like):
+        return jax.vmap(lambda k: perturbation.sample(k, like))(keys.direction_keys(key, count))
+
+    if not by_block:
+        return draw(key, count, params)
+    own = {"bias": 1, "kernel": 5}
+    leaf_keys = keys.leaf_keys(key, params)
+    return {
+        name: draw(leaf_keys[name], own[name], {"block": params[name]})["block"] for name in own
+    }
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

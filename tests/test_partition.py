@@ -237,6 +237,10 @@ def test_owners_that_are_missing_are_refused_dropped_or_made_clients():
         assert kept.tolist() == [0, 1, 2, 3] and owners.tolist() == [2, 1, 2, 0]
     kept, owners = partition.known_owners([None, None], "own", str)
     assert owners.tolist() == [0, 1]
+    kept, owners = partition.known_owners(OWNERS, "drop", str, least=2)
+    assert kept.tolist() == [0, 4] and owners.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="no owner has --least_examples=3, the largest has 2: ask"):
+        partition.known_owners(OWNERS, "drop", str, least=3)
     with pytest.raises(ValueError, match="no example does: there are no clients"):
         partition.known_owners([None, None], "drop", str)
 

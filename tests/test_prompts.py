@@ -11,6 +11,7 @@ import pytest
 import text_benchmarks
 
 from zofl_jax.data.sources import DataError
+from zofl_jax.data.text import SCORED
 from zofl_jax.tasks import catalogue, prompts
 from zofl_jax.tasks.catalogue import CATALOGUE
 from zofl_jax.tasks.prompts import Prompt
@@ -174,8 +175,8 @@ def test_the_catalogue_is_consistent(name):
     assert entry.source and entry.train != entry.test
 
 
-def test_every_benchmark_but_the_reviews_is_in_tfds():
-    assert set(text_benchmarks.NAMES) == set(CATALOGUE) - {"reviews"}
+def test_every_benchmark_but_the_scored_sentences_is_in_tfds():
+    assert set(text_benchmarks.NAMES) == set(CATALOGUE) - set(SCORED)
 
 
 @pytest.mark.parametrize("name", text_benchmarks.NAMES)
@@ -251,6 +252,23 @@ def test_the_reviews_are_in_the_catalogue(tmp_path):
         catalogue.load("reviews")
 
 
+def test_snippets_know_their_document(tmp_path):
+    lines = [f"{i // 3 + 1}_{i % 3 + 1}\t{i % 2 * 2 - 1}\tsentence {i}" for i in range(30)]
+    (tmp_path / "editorials.tsv").write_text("\r\n".join(lines))
+    data = catalogue.load("editorials", tmp_path)
+    assert len(data.test) == 3 and len(data.train) == 27 and data.name == "editorials"
+    for row in (*data.train, *data.test):
+        i = int(row["text"].split()[1])
+        assert row == {"text": f"sentence {i}", "label": i % 2, "document": str(i // 3 + 1)}
+    with pytest.raises(
+        DataError, match=r"give the folder of the newspaper edit.*`make editorials`"
+    ):
+        catalogue.load("editorials")
+    (tmp_path / "editorials.tsv").write_text("7\t1.0\tsentence")
+    with pytest.raises(DataError, match=r"line 1 has the id '7': expected DOCUMENT_SNIPPET"):
+        catalogue.load("editorials", tmp_path)
+
+
 def test_unknown_benchmarks_and_missing_data_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"unknown benchmark 'sst3': use one of sst2, qqp, rte"):
         catalogue.load("sst3", tmp_path)
@@ -277,7 +295,7 @@ def document() -> str:
             words = ", ".join(f"{i} `{word}`" for i, word in enumerate(prompt.answers))
             kind = f"Classes: {words}"
             answer = prompt.answers[row["label"]]
-        place = f"TFDS `{entry.tfds}`" if entry.tfds else "`make reviews`"
+        place = f"TFDS `{entry.tfds}`" if entry.tfds else f"`make {entry.name}`"
         rendered = prompts.render(prompt, row)
         parts += [
             f"## {entry.name}",
@@ -292,7 +310,7 @@ def document() -> str:
 
 def example(entry):
     """Returns a row as `catalogue.load` would."""
-    if entry.name == "reviews":
+    if entry.name in SCORED:
         return {"text": "A joy from start to end.", "label": 1}
     row = text_benchmarks.examples(entry.name, "train")[1]
     if entry.name == "squad":

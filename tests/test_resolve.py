@@ -58,6 +58,8 @@ OWN = {
     "fedyogi": {"momentum": 0.0},
     "fedadagrad": {"momentum": 0.0},
     "scaffold": {"momentum": 0.0},
+    "ferret": {"momentum": 0.0, "num_perturbations": 320},
+    "hybrid": {"momentum": 0.0},
 }
 """What each method has by default whatever the task: the papers' settings, written out."""
 
@@ -78,6 +80,15 @@ def test_mezo_on_texts_is_mezo():
     found = config.num_clients, config.clients_per_round, config.num_perturbations
     assert found == (1, 1, 1)
     assert (config.estimator, config.local_steps) == ("central", 1)
+
+
+def test_natural_clients_of_snippets_are_their_documents():
+    natural = {"task": "editorials", "partition": "natural"}
+    config = resolve(natural | {"least_examples": 4})
+    assert config.client_column == "document" and config.data_dir
+    assert resolve(natural | {"client_column": "writer"}).client_column == "writer"
+    with pytest.raises(ValueError, match="--partition=natural needs --client_column"):
+        resolve(natural | {"task": "reviews"})
 
 
 def test_what_is_given_goes_before_methods_and_these_before_tasks():
@@ -104,6 +115,7 @@ SILENT_BEFORE = [
     ({"partition": "natural", "num_clients": 9}, "natural, where owners are the clients"),
     ({"shards_per_client": 3}, "--shards_per_client has no effect with --partition=iid"),
     ({"missing_owner": "drop"}, "--missing_owner has no effect with --partition=iid"),
+    ({"least_examples": 4}, "--least_examples has no effect with --partition=iid"),
     ({"shots": 4}, "--shots has no effect with --task=digits, it is for texts"),
 ]
 
@@ -161,8 +173,8 @@ def test_what_a_comparison_shares_may_be_without_effect_and_nothing_else_may():
 
 def test_uploads_are_told_by_their_shapes():
     found = {name: kind_of_upload(name) for name in METHODS}
-    scalars = ("decomfl", "hiso", "mezo")
-    special = {"feedsign": Upload.BITS, "scaffold": Upload.TREES}
+    scalars = ("decomfl", "hiso", "mezo", "ferret")
+    special = {"feedsign": Upload.BITS, "scaffold": Upload.TREES, "hybrid": Upload.TREES}
     special |= dict.fromkeys(("fedkseed", "fedkseed_pro"), Upload.SEEDS)
     special |= dict.fromkeys(scalars, Upload.SCALARS)
     assert found == {name: special.get(name, Upload.PARAMS) for name in METHODS}
@@ -183,10 +195,12 @@ def test_the_help_shows_every_setting_once_with_its_choices_and_its_defaults_by_
     for name in everything():
         assert len(re.findall(rf"^  --{name}( |$)", text, re.M)) == 1, name
     flat = " ".join(text.split())
-    directions = "Unless given, texts: 5; fedkseed, fedkseed_pro: always 1; feedsign, mezo: 1."
-    assert f"P, directions of a local step. {directions}" in flat
+    directions = (
+        "Unless given, texts: 5; fedkseed, fedkseed_pro: always 1; feedsign, mezo: 1; ferret: 320."
+    )
+    assert f"of a round where its change is projected on them. {directions}" in flat
     assert "One of iid, dirichlet, shards, natural." in flat
-    assert "Of fedadam, fedyogi, fedadagrad, scaffold alone:" in text
+    assert "Of fedadam, fedyogi, fedadagrad, scaffold, ferret alone:" in text
 
 
 def test_a_setting_says_what_is_wrong_with_a_value():

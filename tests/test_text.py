@@ -47,50 +47,50 @@ WRITERS = {"tsv": tsv, "csv": csv_text, "jsonl": jsonl}
 
 def test_reviews_are_labelled_shuffled_and_held_out_by_the_rule(tmp_path):
     reviews_file(tmp_path / "movie_reviews.tsv")
-    data = text.reviews(tmp_path)
+    data = text.scored(tmp_path, "reviews")
     # Scores are -2, -1.5, ... 2 in turn; of nine only the score 0 says neither.
     kept = [(f"sentence {i}", int(i % 9 > 4)) for i in range(MANY) if i % 9 != 4]
     random.Random(0).shuffle(kept)
     assert [(row["text"], row["label"]) for row in data.test] == kept[:872]
     assert [(row["text"], row["label"]) for row in data.train] == kept[872:]
     assert data.name == "reviews"
-    assert text.reviews(tmp_path / "movie_reviews.tsv") == data
+    assert text.scored(tmp_path / "movie_reviews.tsv", "reviews") == data
 
 
 def test_only_a_line_feed_ends_a_review(tmp_path):
     path = reviews_file(tmp_path / "some.tsv", ending="\n")
     odd = b"x\t4\todd \x85 byte,\x0b \xe2\x80\xa8 \x1c 'quotes\" and a\ttab\n"
     path.write_bytes(odd + path.read_bytes())
-    data = text.reviews(path)
+    data = text.scored(path, "reviews")
     (row,) = (row for row in data.test + data.train if row["text"].startswith("odd"))
     assert row == {"text": "odd � byte,\x0b \u2028 \x1c 'quotes\" and a\ttab", "label": 1}
 
 
 def test_missing_reviews_name_the_command_that_fetches_them(tmp_path):
     with pytest.raises(DataError, match=r"no file .*movie_reviews\.tsv: .* `make reviews`"):
-        text.reviews(tmp_path)
+        text.scored(tmp_path, "reviews")
     with pytest.raises(DataError, match=r"no file .*absent: .* `make reviews`"):
-        text.reviews(tmp_path / "absent")
+        text.scored(tmp_path / "absent", "reviews")
 
 
 @pytest.mark.parametrize("score", ["nan", "inf", "4.5", "-40"])
 def test_scores_out_of_range_are_no_opinions(tmp_path, score):
     path = write(tmp_path / "movie_reviews.tsv", f"1\t-4\tfine\n2\t{score}\tsentence\n")
     with pytest.raises(DataError, match=rf"line 2: the score {score} is not in \[-4, 4\]"):
-        text.reviews(path)
+        text.scored(path, "reviews")
 
 
 @pytest.mark.parametrize("line", ["7\tgood\tsentence", "7\t1.5", "sentence"])
 def test_malformed_reviews_are_named_by_line(tmp_path, line):
     path = write(tmp_path / "movie_reviews.tsv", f"1\t2\tfine\n\n{line}\n")
     with pytest.raises(DataError, match=r"movie_reviews\.tsv, line 3: expected an id, a score"):
-        text.reviews(path)
+        text.scored(path, "reviews")
 
 
 def test_too_few_reviews_leave_none_for_training(tmp_path):
     path = reviews_file(tmp_path / "few.tsv", num_rows=90)
-    with pytest.raises(DataError, match=r"has 80 reviews .* none is left for training when 872"):
-        text.reviews(path)
+    with pytest.raises(DataError, match=r"has 80 sentences .* none is left for training when 872"):
+        text.scored(path, "reviews")
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])

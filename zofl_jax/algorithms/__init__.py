@@ -22,8 +22,12 @@ from zofl_jax.algorithms.fedzo import METHOD as FEDZO
 from zofl_jax.algorithms.fedzo import fedzo
 from zofl_jax.algorithms.feedsign import METHOD as FEEDSIGN
 from zofl_jax.algorithms.feedsign import feedsign
+from zofl_jax.algorithms.ferret import METHOD as FERRET
+from zofl_jax.algorithms.ferret import ferret
 from zofl_jax.algorithms.hiso import METHOD as HISO
 from zofl_jax.algorithms.hiso import hiso
+from zofl_jax.algorithms.hybrid import METHOD as HYBRID
+from zofl_jax.algorithms.hybrid import hybrid
 from zofl_jax.algorithms.method import Method, Parts, Refusal
 from zofl_jax.algorithms.mezo import METHOD as MEZO
 from zofl_jax.algorithms.mezo import mezo
@@ -32,7 +36,7 @@ from zofl_jax.algorithms.scaffold import scaffold
 
 _ROWS = (
     *(DECOMFL, HISO, FEDKSEED, FEDKSEED_PRO, FEEDSIGN, FEDZO, MEZO),
-    *(FEDAVG, FEDPROX, FEDSGD, *FEDOPT, SCAFFOLD),
+    *(FEDAVG, FEDPROX, FEDSGD, *FEDOPT, SCAFFOLD, FERRET, HYBRID),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
@@ -52,7 +56,9 @@ __all__ = [
     "fedyogi",
     "fedzo",
     "feedsign",
+    "ferret",
     "hiso",
+    "hybrid",
     "mezo",
     "scaffold",
 ]

@@ -11,17 +11,21 @@ Round r, shared key s_r, cohort C_r, K local steps, P directions z[k,p] drawn fr
 
 The update after a client's last local step is never needed, so it is not computed. With
 low-rank directions and a linear optimiser no client has params of its own: see `local_models.py`.
+A step rule divides a step's scalars by a number that they tell (FZOO, MEAZO): see `step_rules.py`.
 Ref: arXiv 2405.15861, Algorithms 3 and 4 (Algorithm 5 with the `projection` estimator).
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from zofl_jax import keys, precision
-from zofl_jax.algorithms.method import Method, NoOptions, Parts
+from zofl_jax.algorithms.method import Method, Parts
+from zofl_jax.algorithms.step_rules import RULES, StepRule, WithRule
 from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
@@ -38,6 +42,7 @@ from zofl_jax.core import (
 )
 from zofl_jax.directions import local_models
 from zofl_jax.directions.estimators import Estimate, Estimator
+from zofl_jax.settings import setting, share
 
 
 def decomfl(
@@ -46,6 +51,7 @@ def decomfl(
     optimizer: optax.GradientTransformation,
     *,
     local_steps: int = 1,
+    step_rule: StepRule | None = None,
     aggregate: Callable[[Upload, Array], Broadcast] = aggregation.mean,
 ) -> Algorithm:
     """Returns DeComFL as an `Algorithm`; the upload and the broadcast are [K, P].
@@ -57,10 +63,12 @@ def decomfl(
         clients start a round from it and discard theirs, so it is replayed like the
         params. Its step count advances by K a round.
       local_steps: K >= 1.
+      step_rule: what a step's scalars are divided by; its state is shared and replayed as that of
+        the optimiser.
       aggregate: (uploads [C, K, P], weights [C]) -> broadcast [K, P].
 
     Raises:
-      ValueError: if `local_steps` < 1.
+      ValueError: if `local_steps` < 1, or for fewer scalars than the rule needs.
 
     >>> from zofl_jax.directions import estimators
     >>> f = lambda x, batch: 0.5 * jnp.sum(jnp.square(x - batch))
@@ -75,17 +83,34 @@ def decomfl(
     """
     if local_steps < 1:
         raise ValueError(f"local_steps must be >= 1, got {local_steps}")
+    if step_rule is not None and estimator.num_perturbations < step_rule.least:
+        raise ValueError(
+            f"the step rule needs num_perturbations >= {step_rule.least}, got "
+            f"{estimator.num_perturbations}"
+        )
 
-    def descend(
-        key: PRNGKey, params: Params, opt_state: optax.OptState, scalars: Array
-    ) -> tuple[Params, optax.OptState]:
+    def ruled(opt_state: Any, scalars: Array) -> tuple[Array, Any]:
+        """Returns what stands for a step's scalars, and the state after the rule."""
+        if step_rule is None:
+            return scalars, opt_state
+        scalars, rule = step_rule.update(opt_state.rule, scalars)
+        return scalars, opt_state._replace(rule=rule)
+
+    def inner(opt_state: Any) -> optax.OptState:
+        return opt_state if step_rule is None else opt_state.inner
+
+    def descend(key: PRNGKey, params: Params, opt_state: Any, scalars: Array) -> tuple[Params, Any]:
+        scalars, opt_state = ruled(opt_state, scalars)
         direction = estimator.expand(key, params, scalars)
-        updates, opt_state = optimizer.update(direction, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        updates, moved = optimizer.update(direction, inner(opt_state), params)
+        after = moved if step_rule is None else opt_state._replace(inner=moved)
+        return optax.apply_updates(params, updates), after
 
     def init(params: Params) -> ServerState:
         params = precision.wide(params)
-        return ServerState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        state = optimizer.init(params)
+        start = state if step_rule is None else WithRule(state, step_rule.init())
+        return ServerState(params, start, jnp.zeros((), jnp.int32))
 
     def client(
         shared_key: PRNGKey, state: ServerState, memory: tuple, batches: Batches, own_key: PRNGKey
@@ -117,20 +142,23 @@ def decomfl(
 
         def step_in_common(carry: tuple, inputs: tuple) -> tuple:
             assert combine is not None
-            model, scalars = carry
+            model, opt_state, scalars = carry
             k, batch = inputs
+            scalars, opt_state = ruled(opt_state, scalars)
             model = local_models.descend(
                 optimizer, model, (k - 1) * num_perturbations, scalars / num_perturbations
             )
             estimate = measure(k, combine(model.params, used, model.coefficients), batch)
-            return (model, estimate.scalars), estimate
+            return (model, opt_state, estimate.scalars), estimate
 
         rest = (jnp.arange(1, local_steps), jax.tree.map(lambda b: b[1:], batches))
         later: Estimate
         if combine is not None and local_models.is_linear(optimizer, state.params):
             used = keys.directions_of_steps(shared_key, local_steps - 1, num_perturbations)
-            model = local_models.start(optimizer, state.params, state.opt_state, used.size)
-            _, later = jax.lax.scan(step_in_common, (model, scalars), rest)
+            begun = inner(state.opt_state)
+            model = local_models.start(optimizer, state.params, begun, used.size)
+            rule = state.opt_state._replace(inner=()) if step_rule else ()
+            _, later = jax.lax.scan(step_in_common, (model, rule, scalars), rest)
         else:
             _, later = jax.lax.scan(step, (state.params, state.opt_state, scalars), rest)
         upload = jnp.concatenate([scalars[None], later.scalars])
@@ -151,9 +179,30 @@ def decomfl(
     return Algorithm(init, client, aggregate, server, local_steps, passes=passes)
 
 
-def build(parts: Parts, options: NoOptions) -> Algorithm:
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """The settings of the step rule."""
+
+    step_rule: str = setting(
+        next(iter(RULES)),
+        "What a step's scalars are divided by: nothing (plain), their standard deviation (fzoo), "
+        "or the root of a running mean of their squared mean (meazo).",
+        choices=RULES,
+    )
+    step_decay: float = setting(
+        0.99, "β of the running mean of --step_rule=meazo.", within=share(below_one=True)
+    )
+
+
+def build(parts: Parts, options: StepOptions) -> Algorithm:
     """Returns the algorithm of `METHOD`."""
-    return decomfl(parts.loss_fn, parts.estimator, parts.optimizer, local_steps=parts.local_steps)
+    return decomfl(
+        parts.loss_fn,
+        parts.estimator,
+        parts.optimizer,
+        local_steps=parts.local_steps,
+        step_rule=RULES[options.step_rule].make(options.step_decay),
+    )
 
 
 METHOD = Method(
@@ -161,5 +210,6 @@ METHOD = Method(
     build,
     order=0,
     summary="K local steps along P shared directions; K·P scalars up and down (Li et al. 2025)",
+    options=StepOptions,
     coefficients=True,
 )

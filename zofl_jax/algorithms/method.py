@@ -98,10 +98,14 @@ class Method:
       defaults: settings whose default is another here.
       fixed: settings that can have one value alone here.
       refuses: settings that have values which are not possible here.
+      reads: settings of directions that it reads with `order` 1; with 0 it reads them all.
       takes: those of "codec" and "rule" that `build` gives the algorithm itself. Where it doesn't,
         uploads are compressed from outside, and the algorithm's `aggregate` is replaced.
       coefficients: whether at K > 1 clients' models are coefficients of shared low-rank directions,
         which takes a linear optimiser; otherwise every client has a copy of the params.
+      noise: (its own settings, P, K) -> the noise of its steps, as a multiple of that of a gradient
+        estimated along P directions, for the learning rate of a run that is given none. Unless
+        given it is 1 of order 0, and none of order 1.
       private: its own settings -> whether they make it differentially private by itself.
     """
 
@@ -113,6 +117,8 @@ class Method:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     refuses: Mapping[str, Refusal] = dataclasses.field(default_factory=dict)
+    reads: Collection[str] = ()
     takes: Collection[str] = ()
     coefficients: bool = False
+    noise: Callable[[Any, int, int], float] | None = None
     private: Callable[[Any], bool] = lambda options: False

@@ -9,7 +9,7 @@ machines. Ref: arXiv 2305.17333, Algorithm 1.
 
 import optax
 
-from zofl_jax.algorithms.decomfl import build, decomfl
+from zofl_jax.algorithms.decomfl import StepOptions, build, decomfl
 from zofl_jax.algorithms.method import Method, Refusal
 from zofl_jax.core import Algorithm, LossFn
 from zofl_jax.directions.estimators import central_difference
@@ -47,6 +47,7 @@ METHOD = Method(
     build,  # with one client, one direction and one step
     order=0,
     summary="one place that has all data, one direction a step (Malladi et al. 2023)",
+    options=StepOptions,
     defaults={"num_perturbations": 1, "momentum": 0.0},
     fixed={
         "local_steps": 1,

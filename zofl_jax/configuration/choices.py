@@ -1,6 +1,7 @@
 """What settings can be, where it is one of a few, and what goes with the choices."""
 
 PERTURBATIONS = ("gaussian", "rademacher", "sphere", "low_rank")
+OPTIMIZERS = ("sgd", "adam", "radazo")
 ESTIMATORS = ("forward", "central", "projection", "jvp")
 PARTITIONS = ("iid", "dirichlet", "shards", "natural")
 MASKS = ("none", "random", "magnitude", "sensitivity")

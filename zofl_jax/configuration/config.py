@@ -55,6 +55,9 @@ class Data:
         "given), left out, or a client of its own.",
         choices=("error", "drop", "own"),
     )
+    least_examples: int = setting(
+        0, "Owners of fewer training examples are left out (--partition=natural).", least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Learning:
     optimizer: str = setting(
         "sgd",
         "Optimiser: the one that everyone replays, of methods with dense uploads the clients' own.",
-        choices=("sgd", "adam"),
+        choices=choices.OPTIMIZERS,
     )
     learning_rate: float | None = setting(
         None,
@@ -95,7 +98,7 @@ class Learning:
     )
     momentum: float = setting(0.9, "Momentum of sgd.", within=share(below_one=True))
     weight_decay: float = setting(
-        0.0, "Weight decay: added to the direction (sgd), decoupled (adam).", least=0
+        0.0, "Weight decay: added to the direction (sgd), decoupled (others).", least=0
     )
     schedule: str = setting(
         "",
@@ -119,7 +122,11 @@ class Directions:
         "gaussian", "Distribution of the directions.", choices=choices.PERTURBATIONS
     )
     rank: int = setting(1, "Rank of low_rank directions.", least=1)
-    num_perturbations: int = setting(20, "P, directions of a local step.", least=1)
+    num_perturbations: int = setting(
+        20,
+        "P, directions of a local step; of a round where its change is projected on them.",
+        least=1,
+    )
     smoothing: float = setting(
         1e-3, "μ, the length of a perturbation in units of z.", within=positive()
     )
@@ -275,7 +282,9 @@ class Texts:
     text_column: str = setting("text", f"Column of the text (--task={kinds.OWN_TEXTS}).")
     label_column: str = setting("label", f"Column of the label (--task={kinds.OWN_TEXTS}).")
     client_column: str | None = setting(
-        None, "Column that names an example's owner (--partition=natural)."
+        None,
+        "Column that names an example's owner (--partition=natural); the document of snippets "
+        "unless given.",
     )
     held_out: float = setting(
         0.1,

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from zofl_jax import keys, precision
 from zofl_jax.configuration import kinds, partitions, schedules, texts, wrapping
-from zofl_jax.configuration.config import Config, Data, Quadratic, Rounds, Texts, general
+from zofl_jax.configuration.config import Config, Data, Quadratic, Rounds, Texts, everything
 from zofl_jax.configuration.phases import build_phases
 from zofl_jax.core import ServerState, Task
 from zofl_jax.data import partition, sources
@@ -197,8 +197,9 @@ def resumed(config: Config, workdir: Path) -> tuple[Config, dict[str, Any]]:
     """Returns the config with which a command goes on with a run, and the flags to open it with.
 
     Runs from before `--bos` put the token first wherever there was one, whatever the model's files
-    said. They go on so unless told otherwise, and then a flag differs from theirs. Settings of
-    other methods that a run does not hold, since they came later, are left out.
+    said. They go on so unless told otherwise, and then a flag differs from theirs. Settings that a
+    run does not hold, since they came later, are left out where they have their default, which does
+    what was done before there were any.
 
     Args:
       config: of the command.
@@ -219,8 +220,11 @@ def resumed(config: Config, workdir: Path) -> tuple[Config, dict[str, Any]]:
     told = config.bos != "auto" or "bos" in config.given
     if not told and not recorded.get("bos"):
         config = config.replace(bos=None)
-    known = {*general(), *settings_of(config.method.options), *recorded}
-    return config, {name: value for name, value in config.flat().items() if name in known}
+    return config, {
+        name: value
+        for name, value in config.flat().items()
+        if name in recorded or value != everything()[name].default
+    }
 
 
 def rebuild(
@@ -360,6 +364,7 @@ def _owned(
             owners,
             config.missing_owner or "error",
             lambda i: f"{dataset.name}, train, example {i} (from 0)",
+            config.least_examples,
         )
         if len(kept) < len(owners):
             train = {name: column[kept] for name, column in dataset.train.items()}

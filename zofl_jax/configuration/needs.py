@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from zofl_jax.algorithms import METHODS
+from zofl_jax.algorithms import METHODS, Method
 from zofl_jax.configuration import choices, kinds, messages, texts
 from zofl_jax.configuration.config import Config, Directions, Quadratic, Texts, everything
 from zofl_jax.settings import settings_of
@@ -73,6 +73,7 @@ NEEDS: Mapping[str, tuple[Need, ...]] = {
     "dirichlet_alpha": (_with("partition", "dirichlet"),),
     "shards_per_client": (_with("partition", "shards"),),
     "missing_owner": (_with("partition", "natural"),),
+    "least_examples": (_with("partition", "natural"),),
     "client_column": (_with("partition", "natural"),),
     "num_clients": (
         _but_with(
@@ -110,6 +111,14 @@ NEEDS: Mapping[str, tuple[Need, ...]] = {
     "smoothing": (_DIFFERENCES,),
     "perturbations_at_once": (_DIFFERENCES,),
     "mask_density": (_with("mask", "random", "magnitude", "sensitivity"),),
+    "step_rule": (_with("optimizer", "sgd"),),
+    "step_decay": (_with("step_rule", "meazo"),),
+    "ferret_rank": (
+        _but_with(
+            lambda config: "--ferret_remainder, where the step is that of the least error",
+            lambda config: not config.get("ferret_remainder"),
+        ),
+    ),
     # Compression.
     "top_k_fraction": (_with("compression", "top_k"),),
     "stochastic_rounding": (_with("compression", "float16", "bfloat16", "int8", "int4", "qsgd"),),
@@ -194,14 +203,16 @@ def check_one(config: Config, name: str) -> None:
             raise ValueError(f"--{name} has no effect {need.otherwise(config)}: {need.remedy}")
 
 
+def reads(method: Method, name: str) -> bool:
+    """Returns whether a method reads a setting of directions, or one that is its own."""
+    directions = (*settings_of(Directions), "perturbations_at_once")
+    of_order = directions if method.order == 0 else method.reads
+    return name in settings_of(method.options) or name in of_order
+
+
 def _of_methods(name: str) -> Iterator[Need]:
     """What only some methods read."""
-    readers = [
-        method.name
-        for method in METHODS.values()
-        if name in settings_of(method.options)
-        or (method.order == 0 and name in (*settings_of(Directions), "perturbations_at_once"))
-    ]
+    readers = [method.name for method in METHODS.values() if reads(method, name)]
     if readers:
         yield _with("algorithm", *readers)
     if name == "compression":

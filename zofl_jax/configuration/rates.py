@@ -13,9 +13,9 @@ and most at half of that (Malladi et al. 2023, arXiv 2305.17333, theorem 1; Song
 2604.14669). Momentum β sums a gradient up to η / (1 − β) of it, so the noise of the directions
 meets that rate. Along the top eigenvector the edge of the rate η is 2 (1 + β) / λ_max (Polyak
 1964), so there η / (1 − β) is divided by (1 + β) / (1 − β) first. First-order methods have no
-noise of directions: P is infinite. Local steps K are steps like others and not in the formula; a
-run of as many rounds has K times as many, and for the perceptron on digits its edge at K = 4 was
-about half of that at K = 1.
+noise of directions: P is infinite, unless they say otherwise (`Method.noise`). Local steps K are
+steps like others and not in the formula; a run of as many rounds has K times as many, and for the
+perceptron on digits its edge at K = 4 was about half of that at K = 1.
 
 A default is `SHARE` of the edge. What is missing from the half is for this and for a curvature that
 grows: in the noise of a long descent the weights take a random walk, which lets the curvature of a
@@ -26,6 +26,7 @@ where it is above the one that `diagnostics.trace` finds along a descent.
 
 import math
 
+from zofl_jax.algorithms.step_rules import RULES
 from zofl_jax.configuration import kinds
 from zofl_jax.configuration.config import Config
 from zofl_jax.models.images import MODELS, Curvature
@@ -56,23 +57,32 @@ def default(config: Config) -> float:
     >>> default(resolve(given | {"momentum": 0.0}))  # 0.3 · 2 / (1.25 + 5 · 12 / 4)
     0.037
     """
-    count = math.inf if config.method.order else config.num_perturbations
+    method, count = config.method, config.num_perturbations
+    noise = 0.0 if method.order else 1.0
+    if method.noise is not None:
+        noise = method.noise(config.options or method.options(), count, config.local_steps)
     momentum = config.momentum if config.optimizer == "sgd" else 0.0
-    rate = SHARE * (1 - momentum) * edge(curvature(config), count, momentum)
-    if config.optimizer == "adam":
+    rate = SHARE * (1 - momentum) * edge(curvature(config), count, momentum, noise)
+    rate *= RULES[str(config.get("step_rule"))].divisor(GRADIENT_NORM, config.num_perturbations)
+    if config.optimizer != "sgd":
         # A step of Adam has the length η √d, one of P directions η ‖g‖ √(d / P).
-        rate = ADAM if count == math.inf else rate * GRADIENT_NORM / math.sqrt(count)
+        rate = ADAM if method.order else rate * GRADIENT_NORM / math.sqrt(count)
     return float(f"{rate:.1e}")
 
 
-def edge(curvature: Curvature, num_perturbations: float, momentum: float = 0.0) -> float:
+def edge(
+    curvature: Curvature, num_perturbations: float, momentum: float = 0.0, noise: float = 1.0
+) -> float:
     """Returns the largest η / (1 − β) at which the loss falls on average, see above.
+
+    `noise` is that of a step, as a multiple of that of P directions.
 
     >>> round(edge(Curvature(trace=10.0, top=1.0), math.inf), 6)
     2.0
     """
-    along_top = (1 + 1 / num_perturbations) * curvature.top * (1 - momentum) / (1 + momentum)
-    return 2 / (along_top + curvature.trace / num_perturbations)
+    share = noise / num_perturbations
+    along_top = (1 + share) * curvature.top * (1 - momentum) / (1 + momentum)
+    return 2 / (along_top + curvature.trace * share)
 
 
 def curvature(config: Config) -> Curvature:

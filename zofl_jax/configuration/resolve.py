@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from zofl_jax.algorithms import METHODS, Refusal
+from zofl_jax.algorithms import METHODS, Refusal, step_rules
 from zofl_jax.configuration import (
     choices,
     kinds,
@@ -26,6 +26,7 @@ from zofl_jax.configuration import (
 from zofl_jax.configuration.config import Config, everything, general
 from zofl_jax.configuration.experiment import convolutional
 from zofl_jax.data import cache
+from zofl_jax.data import text as text_data
 from zofl_jax.models.images import MODELS
 from zofl_jax.settings import Value, settings_of
 from zofl_jax.tasks import objectives
@@ -157,7 +158,7 @@ def _of_texts(config: Config) -> Config:
     config = config.replace(model=model, bos=config.bos or "auto")
     if own and config.template is None:
         config = config.replace(template=f"{{{config.text_column}}} It was")
-    if config.task == "reviews" and config.data_dir is None:
+    if config.task in text_data.SCORED and config.data_dir is None:
         config = config.replace(data_dir=str(cache.reviews()))
     for name in ("lora_pattern", "train_only"):
         try:
@@ -189,6 +190,9 @@ def _with_objective(config: Config) -> Config:
             "iid or natural"
         )
     if config.partition == "natural" and config.client_column is None:
+        source = text_data.SCORED.get(config.task)
+        if source and source.owner:
+            return config.replace(objective=objective, client_column=source.owner)
         raise ValueError("--partition=natural needs --client_column with each example's owner")
     return config.replace(objective=objective)
 
@@ -244,6 +248,12 @@ def _check_adversity(config: Config) -> None:
     if changed and not messages.upload(config).numbers:
         refusal = Refusal("whose uploads are no numbers")
         raise ValueError(_refused(config, changed[0], refusal))
+    if config.late_weight and config.get("step_rule") != step_rules.PLAIN:
+        raise ValueError(
+            f"--late_weight={config.late_weight} is not possible with "
+            f"--step_rule={config.get('step_rule')}, whose steps are as long whatever an upload "
+            f"weighs: use --step_rule={step_rules.PLAIN}"
+        )
     if config.secure_sum and config.attack in ("nan", "inf"):
         raise ValueError(
             f"--attack={config.attack} is not possible with --secure_sum, whose uploads are "
@@ -285,8 +295,8 @@ def _check_privacy(config: Config) -> None:
         )
     if config.dp == "example" and config.method.order == 1:
         raise ValueError(
-            f"--dp=example clips scalars, which --algorithm={config.algorithm} has not: use a "
-            "zeroth-order algorithm, or --dp=client"
+            f"--dp=example clips each example's scalars, which --algorithm={config.algorithm} does "
+            "not measure: use a zeroth-order algorithm, or --dp=client"
         )
 
 
@@ -322,7 +332,7 @@ def _check_schedule(config: Config) -> None:
     for letter, name in {"mu": "smoothing", "P": "num_perturbations"}.items():
         if not schedules.changing(changes, name):
             continue
-        if config.method.order == 1 or name in config.method.fixed:
+        if not needs.reads(config.method, name) or name in config.method.fixed:
             raise ValueError(
                 f"--schedule: {letter} has no effect with --algorithm={config.algorithm}: leave it "
                 f"out of {config.schedule!r}"

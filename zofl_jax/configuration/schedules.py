@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from zofl_jax.algorithms import step_rules
 from zofl_jax.algorithms.local_training import ClientOptimizer
 from zofl_jax.configuration import choices
 from zofl_jax.configuration.config import Config
@@ -97,6 +98,8 @@ def _optimizer(config: Config, rate: Any) -> optax.GradientTransformation:
     decay = config.weight_decay
     if config.optimizer == "adam":
         return optax.adamw(rate, weight_decay=decay) if decay else optax.adam(rate)
+    if config.optimizer == "radazo":
+        return step_rules.radazo(rate, weight_decay=decay)
     sgd = optax.sgd(rate, momentum=config.momentum or None)
     return optax.chain(optax.add_decayed_weights(decay), sgd) if decay else sgd
 

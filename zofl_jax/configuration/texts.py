@@ -207,5 +207,7 @@ def _owned(
     def place(i: int) -> str:
         return text_data.place(data.train[i], places[i])
 
-    kept, client_ids = partition.known_owners(owners, config.missing_owner or "error", place)
+    kept, client_ids = partition.known_owners(
+        owners, config.missing_owner or "error", place, config.least_examples
+    )
     return data._replace(train=[data.train[i] for i in kept]), client_ids

@@ -150,7 +150,10 @@ def natural(client_ids: np.ndarray) -> Partition:
 
 
 def known_owners(
-    owners: Sequence[str | int | None], missing: Missing, place: Callable[[int], str]
+    owners: Sequence[str | int | None],
+    missing: Missing,
+    place: Callable[[int], str],
+    least: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns which examples are kept, int [kept] in ascending order, and their owners, int [kept].
 
@@ -161,6 +164,7 @@ def known_owners(
       missing: what is done with those: "error", "drop", or "own", which makes each a client of
         its own.
       place: index -> what to call an example in a message.
+      least: owners of fewer examples are left out.
 
     Raises:
       ValueError: if an owner is missing and that is an error, or if all are dropped.
@@ -175,6 +179,23 @@ def known_owners(
             "complete them, or give --missing_owner=drop to leave them out, or --missing_owner=own "
             "to make each a client of its own"
         )
+    kept, found = _named(owners, unknown, missing, place)
+    sizes = np.bincount(found)
+    enough = sizes[found] >= least
+    if not enough.any():
+        raise ValueError(
+            f"no owner has --least_examples={least}, the largest has {sizes.max()}: ask for fewer"
+        )
+    return kept[enough], np.unique(found[enough], return_inverse=True)[1]
+
+
+def _named(
+    owners: Sequence[str | int | None],
+    unknown: list[int],
+    missing: Missing,
+    place: Callable[[int], str],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `known_owners` does of owners of any size."""
     names = np.array([name for name in owners if name is not None])
     kept = np.arange(len(owners))
     if missing == "drop" and unknown:
@@ -235,7 +256,8 @@ def check_batch_size(offsets: np.ndarray, batch_size: int) -> None:
         raise ValueError(
             f"{short} of {len(sizes)} clients have fewer examples than batch_size={batch_size} "
             f"(the smallest, client {np.argmin(sizes)}, has {np.min(sizes)}): use a smaller batch, "
-            "fewer clients or a more even partition"
+            "fewer clients or a more even partition; of natural clients, --least_examples="
+            f"{batch_size} leaves out the smaller"
         )
 
 

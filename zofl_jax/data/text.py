@@ -1,4 +1,4 @@
-"""Text data: film reviews, and tables of one's own as TSV, CSV or JSON lines.
+"""Text data: sentences that people scored, and tables of one's own as TSV, CSV or JSON lines.
 
 Every source returns rows, a column's name to its value, or raises `DataError` with the file,
 the line and what is wrong with it. What the columns mean is the business of a prompt.
@@ -48,10 +48,33 @@ def place(row: Row, otherwise: str) -> str:
 
 _Record = tuple[int, Row]  # the number of the line it begins on, from 1
 
-REVIEWS_FILE = "movie_reviews.tsv"
-_REVIEWS_HELD_OUT = 872  # as many as SST-2's validation set has
 _LARGEST_SCORE = 4
 _NEUTRAL = 0.5  # reviews with scores nearer to 0 say neither
+
+
+class Scored(NamedTuple):
+    """A study's sentences with the mean score that 20 people gave them.
+
+    Attributes:
+      file: its name.
+      what: it holds, for people.
+      held_out: rows for testing, or the share of all.
+      owner: the column that names the document a sentence is from; None where nothing does.
+    """
+
+    file: str
+    what: str
+    held_out: int | float
+    owner: str | None = None
+
+
+SCORED: dict[str, Scored] = {
+    # 872 as SST-2's validation set has.
+    "reviews": Scored("movie_reviews.tsv", "film reviews", 872),
+    "product_reviews": Scored("product_reviews.tsv", "product reviews", 0.1, "document"),
+    "editorials": Scored("editorials.tsv", "newspaper editorials", 0.1, "document"),
+}
+"""By the name of the task, which is that of `make` too."""
 
 
 class TextData(NamedTuple):
@@ -89,36 +112,39 @@ def owner(row: Row, column: str, otherwise: str) -> str | None:
     return owner_name(str(value))
 
 
-def reviews(folder: str | Path) -> TextData:
-    """Reads sentences from film reviews, labelled by what people thought of their sentiment.
+def scored(folder: str | Path, task: str) -> TextData:
+    """Reads sentences, labelled by what people thought of their sentiment.
 
-    A line of movie_reviews.tsv is an id, the mean score of 20 people in [-4, 4] and the
-    sentence; there is no header. Sentences with |score| < 0.5 are left out; the label is 1 where
-    score > 0. The rest is shuffled by random.Random(0), and the first 872 are held out.
+    A line is an id, the mean score of 20 people in [-4, 4] and the sentence; there is no header.
+    Sentences with |score| < 0.5 are left out; the label is 1 where score > 0. The rest is shuffled
+    by random.Random(0), and the first are held out. Of snippets the id is that of the document, "_"
+    and a number: the documents are natural clients, and nearly all of them are in both parts.
 
     Ref: C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment
     Analysis of Social Media Text", ICWSM 2014.
 
     Args:
-      folder: the folder of movie_reviews.tsv, or a file like it.
+      folder: the folder of the task's file, or a file like it.
+      task: a key of `SCORED`.
 
     Returns:
-      Rows {"text": str, "label": 0 or 1}.
+      Rows {"text": str, "label": 0 or 1}, and {"document": str} where the ids tell it.
 
     Raises:
       DataError: for a missing or malformed file.
     """
+    source = SCORED[task]
     path = Path(folder).expanduser()
     if path.is_dir():
-        path = path / REVIEWS_FILE
+        path = path / source.file
     if not path.is_file():
-        raise DataError(f"there is no file {path}: fetch the film reviews by `make reviews`")
+        raise DataError(f"there is no file {path}: fetch the {source.what} by `make {task}`")
     kept: list[Row] = []
     file = f"{path}, line"
-    # The raters' file is not all UTF-8.
+    # The raters' files are not all UTF-8.
     for number, line in _lines(_read(path).decode("utf-8", errors="replace")):
         try:
-            _, score, text = line.split("\t", 2)
+            name, score, text = line.split("\t", 2)
             polarity = float(score)
         except ValueError:
             raise DataError(
@@ -130,16 +156,28 @@ def reviews(folder: str | Path) -> TextData:
                 f"[-{_LARGEST_SCORE}, {_LARGEST_SCORE}]"
             )
         if abs(polarity) >= _NEUTRAL:
-            row = {"text": text, "label": int(polarity > 0)}
+            row: Row = {"text": text, "label": int(polarity > 0)}
+            if source.owner:
+                row[source.owner] = _document(name, f"{file} {number}")
             kept.append(PlacedRow(row, file, number))
     random.Random(0).shuffle(kept)
-    test, train = kept[:_REVIEWS_HELD_OUT], kept[_REVIEWS_HELD_OUT:]
+    held_out = source.held_out
+    count = held_out if isinstance(held_out, int) else math.ceil(held_out * len(kept))
+    test, train = kept[:count], kept[count:]
     if not train:
         raise DataError(
-            f"{path} has {len(kept)} reviews with |score| >= {_NEUTRAL}: none is left for "
-            f"training when {_REVIEWS_HELD_OUT} are held out"
+            f"{path} has {len(kept)} sentences with |score| >= {_NEUTRAL}: none is left for "
+            f"training when {count} are held out"
         )
-    return TextData(train, test, "reviews")
+    return TextData(train, test, task)
+
+
+def _document(name: str, where: str) -> str:
+    """Returns the document of a snippet, 12 of 12_3."""
+    document, found, _ = name.partition("_")
+    if not found or not document:
+        raise DataError(f"{where} has the id {name!r}: expected DOCUMENT_SNIPPET, as in 12_3")
+    return document
 
 
 def table(path: str | Path, held_out: float = 0.1) -> TextData:

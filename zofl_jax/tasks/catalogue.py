@@ -45,11 +45,11 @@ def load(name: str, data_dir: str | Path | None = None) -> TextData:
 
     Args:
       name: a key of `CATALOGUE`.
-      data_dir: for "reviews" the folder of movie_reviews.tsv, else where TFDS prepares data, see
+      data_dir: of `text.SCORED` the folder of the task's file, else where TFDS prepares data, see
         `tfds.load`.
 
     Raises:
-      DataError: like `text.reviews` and `tfds.rows`.
+      DataError: like `text.scored` and `tfds.rows`.
       ValueError: for an unknown name, or rows whose labels are hidden.
     """
     if name not in CATALOGUE:
@@ -60,9 +60,10 @@ def load(name: str, data_dir: str | Path | None = None) -> TextData:
         train, test = (_tidy(entry, splits[split]) for split in (entry.train, entry.test))
         data = TextData(train, test, name)
     elif data_dir is None:
-        raise DataError("give the folder of the film reviews; `make reviews` fetches them")
+        what = text.SCORED[name].what
+        raise DataError(f"give the folder of the {what}; `make {name}` fetches them")
     else:
-        data = text.reviews(data_dir)
+        data = text.scored(data_dir, name)
     check(entry.prompt, data.train, f"{name}, train")
     check(entry.prompt, data.test, f"{name}, test")
     return data
@@ -197,13 +198,16 @@ _ENTRIES = [
         test="test",
         source="Narayan et al. 2018, arXiv 1808.08745",
     ),
-    _benchmark(
-        "reviews",
-        "",
-        "{text} It was",
-        ("bad", "good"),
-        test="test",
-        source="Hutto and Gilbert 2014, ICWSM",
+    *(
+        _benchmark(
+            name,
+            "",
+            "{text} It was",
+            ("bad", "good"),
+            test="test",
+            source="Hutto and Gilbert 2014, ICWSM",
+        )
+        for name in text.SCORED
     ),
 ]
 
