@@ -26,7 +26,7 @@ needs_libtpu = pytest.mark.skipif(
     not topologies.is_installed(), reason="needs the TPU's compiler: pip install 'zofl-jax[plan]'"
 )
 
-TINY = {"num_layers": 3, "vocab_size": 512, "width": 128, "mlp_width": 512, "head_dim": 32}
+TINY = {"num_layers": 2, "vocab_size": 512, "width": 128, "mlp_width": 512, "head_dim": 32}
 TINY |= {"num_heads": 4, "num_kv_heads": 4}
 TOKENS = 16
 
@@ -74,17 +74,13 @@ def test_low_rank_directions_cost_little_more_than_the_passes():
 
 def test_the_flops_of_convolutions_are_those_of_their_windows():
     work = workloads.cnn_work(1, 2, smoke=True)
-    image, examples = jnp.ones((1, 8, 8, 1)), work.examples
-    model_flops = 0
-    params = jax.eval_shape(work.task.init, jax.random.key(0))
-    program, _ = jaxprs.trace(work.task.loss, params, {"image": image, "label": jnp.ones(1, int)})
-    model_flops = costs.of(program).products
-    # By hand: kernels [h, w, in, out] at every place that the layer before leaves.
-    kernels = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
-    assert len(kernels) == 2
+    # 5 x 5 windows to 16 channels at 8 x 8 places, and from 16 to 32 at 4 x 4; 2 x 2 x 32 to 10.
+    first, second, last = 8 * 8 * 16 * 25, 4 * 4 * 32 * 25 * 16, 128 * 10
+    expected = 2 * work.examples * (first + second + last)
     found = costs.of(simulator(work, "gaussian").lowered().program)
     assert found.notes == ()
-    assert found.products == pytest.approx(examples * model_flops, rel=0.1)
+    # On CPUs the first layer is a product of 5 x 8 windows that makes four outputs.
+    assert expected <= found.products <= expected + 2 * work.examples * 0.6 * first + 1000
 
 
 def test_a_convolution_by_hand():
@@ -132,17 +128,19 @@ def test_loops_branches_and_groups_are_multiplied_out():
 # The text of compiled programs
 
 
-def test_the_turns_of_this_machine_s_loops_are_read():
-    """XLA's text is no stable interface: a figure that can't be read is None, with a note."""
-    plan = plans.make(simulator(decoder(), "low_rank"))
-    assert plan.figures.notes == (), "the text of compiled programs has changed: see programs.py"
+def test_a_plan_for_this_machine():
+    task = softmax_task()
+    algorithm = decomfl(task.loss, estimators.forward_difference(2, 1e-3), optax.sgd(0.1, 0.9))
+    made = simulation.make_simulator(algorithm, task, clients_per_round=2, batch_size=4)
+    plan = plans.make(made)
+    assert plan.figures.notes == ()
     assert plan.figures.collectives == {} and plan.figures.sent == 0
-    params = plan.memory.params
-    # At least each of the passes reads the layers; no more than some tens of times as much.
-    assert params < plan.figures.traffic < 500 * params
+    params = compilation.bytes_on_a_device(jax.eval_shape(task.init, jax.random.key(0)))
+    assert plan.memory.params == params
+    assert plan.memory.state == params + 4  # the momentum, and the number of rounds
+    assert plan.memory.needed >= plan.memory.arguments > 2 * params
     assert plan.seconds == {"compute": None, "memory": None, "interconnect": None}
     assert plan.saturates is None and ("saturates first", "not known") in plan.rows()
-    assert plan.memory.needed > plan.memory.arguments > 2 * params / 2
 
 
 def test_what_can_not_be_read_is_not_known():
@@ -204,7 +202,7 @@ def test_collectives_are_counted_as_often_as_their_loop_turns():
 @functools.lru_cache
 def planned(name, shape):
     work, variant = {
-        "decoder": (decoder(), "low_rank"),
+        "decoder": (decoder(), "gaussian"),
         "cnn": (workloads.cnn_work(1, 2, smoke=True), "gaussian"),
     }[name]
     mesh = topologies.mesh("v5e:4x4", placement.Shape(*shape))
@@ -218,9 +216,13 @@ def test_a_round_is_compiled_for_a_pod_and_clients_exchange_a_few_scalars():
     """Without a model axis: scalars, and the batches, which come from who holds them."""
     work, _, plan = planned("cnn", (8, 1))
     assert plan.figures.notes == ()
-    batch = work.clients * work.batch * (8 * 8 * 4 + 4)  # XLA sums bytes of images as words
-    scalars = 4 * 8 * (2 * work.num_perturbations + 8)  # of eight groups, with padding
-    assert sum(plan.figures.collectives.values()) <= 2 * batch + scalars
+    groups = 8
+    # The TPU's compiler sums the images padded to 128 pixels a row, four rows a word.
+    batches = work.clients * work.batch * (2 * 128 * 4 + 4)
+    assert plan.figures.collectives == {
+        "all-gather": 4 * groups * work.num_perturbations,  # scalars
+        "all-reduce": batches + 4 * groups,  # losses
+    }
     assert plan.chip.name == "v5e" and plan.saturates in plan.seconds
     assert 0 < plan.memory.needed < plan.memory.limit
 
@@ -234,9 +236,13 @@ def test_groups_exchange_a_layer_s_activations_and_no_param():
     layers = TINY["num_layers"]
     batches = work.clients * work.batch * (TOKENS + 2) * 4
     assert plan.figures.notes == ()
-    assert sum(plan.figures.collectives.values()) < (
-        passes * (layers * (4 * activations + 2 * widest) + 4 * activations) + 4 * batches
-    )
+    bound = passes * (layers * (4 * activations + 2 * widest) + 4 * activations) + 4 * batches
+    shapes = transformer.shapes(architectures.named("smollm2-135m", **TINY))
+    layer = sum(x.size for x in jax.tree.leaves(shapes["layers"])) // layers
+    found = dict(plan.figures.collectives)
+    # Some direction may be moved to where the params are, a layer's at a time.
+    assert found.pop("all-to-all", 0) <= 4 * layer * passes
+    assert sum(found.values()) < bound
 
 
 @needs_libtpu
@@ -258,7 +264,7 @@ def test_what_does_not_fit_is_refused_with_the_number_and_the_knob():
     config = resolve({"task": "sst2", "dtype": "bfloat16", "clients_at_once": 1})
     mesh = topologies.mesh("v5e:4x4", placement.Shape(8, 2))
     huge = experiment.of_architecture(config, architectures.named("opt-66b"), 64, mesh)
-    with pytest.raises(plans.DoesNotFitError, match=r"take 1\d\d GB .* --mesh=model:64"):
+    with pytest.raises(plans.DoesNotFitError, match=r"take 1\d\d GB .* --mesh=model:32"):
         plans.make(huge)
 
 
@@ -356,8 +362,8 @@ def test_the_automatic_choice_falls_back_once(monkeypatch):
 def test_a_config_has_half_as_many_clients_to_fall_back_on():
     config = resolve({"clients_per_round": 4})
     assert experiment.build(config).simulator._smaller is None  # chosen: all, by default
-    texts = config.replace(clients_at_once=None)
-    made = experiment._simulator(texts, softmax_task(), None)
+    automatic = config.replace(clients_at_once=None, batch_size=4)
+    made = experiment._simulator(automatic, softmax_task(), None)
     assert made._smaller is not None and len(made._smaller()) == 1
 
 

@@ -4,10 +4,10 @@ A round is never faster than these allow; `planning.plans` tells which of them i
 
 Sources, read in November 2026:
 
-- TPUs: Google Cloud, pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of cloud.google.com/tpu/docs,
-  tables of key specifications. They give the interconnect of a chip over all its links (300, 200,
-  600 and 400 GB/s each way); a ring along one axis of the torus has that over the axes, 3 for v4
-  and v5p, 2 for v5e and v6e.
+- TPUs: Google Cloud, pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of
+  cloud.google.com/tpu/docs, tables of key specifications. They give the interconnect of a chip over
+  all its links (300, 200, 600 and 400 GB/s each way); a ring along one axis of the torus has that
+  over the axes, 3 for v4 and v5p, 2 for v5e and v6e.
 - H100: NVIDIA, "H100 Tensor Core GPU" data sheet, the SXM form without sparsity. NVLink has 900
   GB/s both ways together, so 450 each way.
 """
