@@ -2,7 +2,7 @@
 
     python -m experiments.plan --topology=v5e:4x4 --mesh=clients:8,model:2 --task=digits
     python -m experiments.plan --topology=v5p:4x4x8 --mesh=clients:32,model:4 \
-        --architecture=opt-13b --dtype=bfloat16 --clients_per_round=32 --perturbation=low_rank
+        --architecture=opt-13b --task=sst2 --dtype=bfloat16 --num_clients=64 --clients_per_round=32
 
 The round of these flags is compiled for the devices of --topology by the TPU's own compiler (extra
 `[plan]`), or for this machine's. Memory, FLOPs, traffic and the times that peak rates allow are

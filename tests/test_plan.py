@@ -13,7 +13,7 @@ import optax
 import pytest
 from tiny_tasks import softmax_task
 
-from benchmarks import workloads
+from benchmarks import tables, workloads
 from zofl_jax.algorithms import decomfl
 from zofl_jax.configuration import experiment
 from zofl_jax.configuration.resolve import resolve
@@ -25,6 +25,8 @@ from zofl_jax.planning import costs, estimates, plans, programs, topologies
 needs_libtpu = pytest.mark.skipif(
     not topologies.is_installed(), reason="needs the TPU's compiler: pip install 'zofl-jax[plan]'"
 )
+
+PLANS = tables.RESULTS / "plans"
 
 TINY = {"num_layers": 2, "vocab_size": 512, "width": 128, "mlp_width": 512, "head_dim": 32}
 TINY |= {"num_heads": 4, "num_kv_heads": 4}
@@ -302,6 +304,19 @@ def test_the_command_plans_the_digits(tmp_path):
     )
     assert refused.returncode == 1
     assert refused.stderr.strip().splitlines()[-1].startswith("error: params, state and data take")
+
+
+def test_the_page_s_table_is_that_of_the_committed_plans():
+    assert tables.plans_table() in (tables.ROOT / "docs" / "scaling.md").read_text()
+    kept = {path.stem: json.loads(path.read_text()) for path in PLANS.glob("*.json")}
+    assert {"smollm2-135m_v5e-16", "opt-13b_v5e-256", "llama-3-8b_v5e-256"} <= set(kept)
+    opt = kept["opt-13b_v5e-256"]
+    assert opt["mesh"]["model"] > 1 and opt["mesh"]["clients"] * opt["mesh"]["model"] == 256
+    memory = opt["memory_bytes_a_device"]
+    assert 12_853_473_280 * 4 / 8 < memory["needed"] < memory["limit"]
+    # Passes of 32 clients, 16 texts of 64 tokens each, through all but the tables.
+    layers = 40 * 12 * 5120**2
+    assert opt["flops_a_round"] == pytest.approx(2 * layers * 6 * 32 * 16 * 64, rel=0.02)
 
 
 # Too little memory for a run
