@@ -43,6 +43,7 @@ from benchmarks.workloads import LEARNING_RATE, SMOOTHING, Work
 from zofl_jax import keys, platforms
 from zofl_jax.engine import placement
 from zofl_jax.models import architectures
+from zofl_jax.tasks import tokens
 
 Direction = Callable[[int, int], torch.Tensor]  # (local step, index) -> z [d]
 TorchLoss = Callable[[torch.nn.Module, Any], torch.Tensor]  # (model, batch) -> []
@@ -206,7 +207,7 @@ def language_model(config: architectures.Config) -> torch.nn.Module:
 
 def language_loss(lean: bool) -> TorchLoss:
     """Returns the loss of the next word among the candidates; `lean` scores one position only."""
-    candidates = list(workloads.CANDIDATES)
+    candidates = list(tokens.CANDIDATES)
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         tokens = batch["tokens"]

@@ -33,6 +33,7 @@ from zofl_jax.core import Algorithm, Array, Broadcast, LossFn, Params, PRNGKey, 
 from zofl_jax.directions import estimators
 from zofl_jax.engine import compilation, placement, rounds, simulation
 from zofl_jax.models import architectures, transformer
+from zofl_jax.tasks import tokens
 
 WAYS = ("float32", "bfloat16", "rounded", "stochastic")
 RECORDS = 10
@@ -203,7 +204,7 @@ def words_task(way: str, case: Case) -> Task:
 
         return jax.tree.map_with_path(leaf, drawn)
 
-    return workloads.choice_task(config, examples(512), examples(256), CLIENTS, init)
+    return tokens.choice_task(config, examples(512), examples(256), CLIENTS, init)
 
 
 def costs(variant: str, repeats: int, smoke: bool) -> dict[str, Any]:

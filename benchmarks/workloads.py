@@ -18,21 +18,18 @@ from jax.sharding import Mesh, PartitionSpec
 
 from zofl_jax import platforms
 from zofl_jax.algorithms import decomfl
-from zofl_jax.core import Algorithm, Array, Batch, ClientData, Params, PRNGKey, Task
-from zofl_jax.data import partition
+from zofl_jax.core import Algorithm, Array, Batch, ClientData, Params, Task
 from zofl_jax.data.sources import Dataset
 from zofl_jax.directions import batching, estimators, perturbations
 from zofl_jax.engine import compilation, placement, simulation
-from zofl_jax.models import architectures, cnn, mlp, transformer
-from zofl_jax.tasks import vision
-from zofl_jax.tasks.objectives import cross_entropy
+from zofl_jax.models import architectures, cnn, mlp
+from zofl_jax.tasks import tokens, vision
 
 VARIANTS = ("gaussian", "rademacher", "low_rank", "projection")
 """Distributions of the directions; "projection" is the gradient's inner products with Gaussian
 directions in place of differences."""
 
 SMOOTHING, LEARNING_RATE = 1e-3, 1e-5
-CANDIDATES = (1, 2)  # the verbalizers' tokens
 
 
 class Work(NamedTuple):
@@ -130,7 +127,7 @@ def decoder_work(
     per_step = clients * batch
     sizes_of_bound = (per_step, (num_perturbations + 1) * per_step)
     each = -(-sizes_of_bound[1] // population) if accelerator else 2 * batch
-    task = token_task(config, population, each, length)
+    task = tokens.random_task(config, population, each, length)
     fitting = tuple(sorted({min(size, len(task.test["label"])) for size in sizes_of_bound}))
     return Work(
         task,
@@ -199,7 +196,7 @@ def image_task(model: Any, count: int, clients: int, shape: tuple[int, ...]) -> 
         "image": random.integers(0, 256, (count, *shape), np.uint8),
         "label": random.integers(0, 10, count, np.int32),
     }
-    order, offsets = even_shares(clients, count // clients, count)
+    order, offsets = tokens.even_shares(clients, count // clients, count)
     return vision.classification(
         Dataset(examples, examples, 10, 255, None, "random"), model, order, offsets
     )
@@ -211,59 +208,9 @@ def softmax_task(population: int, batch: int) -> Task:
     The clients share a thousand images, so that only the index of who owns which grows.
     """
     task = image_task(mlp.Softmax(10), 1000, 1, (8, 8, 1))
-    order, offsets = even_shares(population, batch, 1000)
+    order, offsets = tokens.even_shares(population, batch, 1000)
     train = ClientData(task.train.examples, jnp.asarray(order), jnp.asarray(offsets))
     return task._replace(train=train)
-
-
-def even_shares(clients: int, each: int, count: int) -> partition.Partition:
-    """Returns (order, offsets) that give every client `each` of `count` examples, in turn."""
-    order = np.arange(clients * each, dtype=np.int32) % count
-    return order, np.arange(clients + 1, dtype=np.int32) * each
-
-
-def token_task(config: architectures.Config, clients: int, each: int, length: int) -> Task:
-    """Returns the task of choosing between two next words after random tokens, none padding."""
-    random = np.random.default_rng(0)
-    examples = {
-        "tokens": random.integers(0, config.vocab_size, (clients * each, length), np.int32),
-        "label": random.integers(0, len(CANDIDATES), clients * each, np.int32),
-    }
-    return choice_task(
-        config, examples, examples, clients, functools.partial(transformer.init, config)
-    )
-
-
-def choice_task(
-    config: architectures.Config,
-    train: Batch,
-    test: Batch,
-    clients: int,
-    init: Callable[[PRNGKey], Params],
-) -> Task:
-    """Returns the task of choosing between two next words, its examples shared out evenly.
-
-    Examples are {"tokens": [n, T], "label": [n]}, none of the tokens padding.
-    """
-    count = len(train["label"])
-    order, offsets = even_shares(clients, count // clients, count)
-
-    def scores(params: Params, batch: Batch) -> Array:
-        mask = jnp.ones(batch["tokens"].shape, bool)
-        features = transformer.hidden(config, params, batch["tokens"], mask)[:, -1]
-        return transformer.logits(config, params, features, CANDIDATES)
-
-    def loss(params: Params, batch: Batch) -> Array:
-        return cross_entropy(scores(params, batch), batch["label"])
-
-    def metrics(params: Params, batch: Batch) -> dict[str, Array]:
-        found = scores(params, batch)
-        losses = optax.softmax_cross_entropy_with_integer_labels(found, batch["label"])
-        return {"loss": losses, "accuracy": jnp.argmax(found, axis=-1) == batch["label"]}
-
-    data = partition.client_data(train, order, offsets)
-    layout = functools.partial(transformer.layout, config)
-    return Task("tokens", init, loss, metrics, data, test, layout)
 
 
 def perturbation(variant: str) -> perturbations.Perturbation:

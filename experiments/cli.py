@@ -13,7 +13,7 @@ from pathlib import Path
 
 COMMANDS = (
     *("train", "compare", "replay", "evaluate", "export", "fetch"),
-    *("launch_local", "theory"),
+    *("launch_local", "plan", "theory"),
 )
 
 

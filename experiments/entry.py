@@ -13,6 +13,7 @@ import tqdm
 from absl import app, flags
 
 from zofl_jax.data import cache
+from zofl_jax.engine.exhaustion import OutOfMemoryError
 from zofl_jax.runs.directory import RunError
 
 flags.DEFINE_string(
@@ -62,7 +63,7 @@ def run(main: Callable[[], None], interrupted: str = "stopped") -> None:
             jax.config.update("jax_compilation_cache_dir", str(folder))
         try:
             main()
-        except (RunError, UserError) as error:
+        except (RunError, UserError, OutOfMemoryError) as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
             print(f"\n{interrupted}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib.util
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -26,7 +27,19 @@ def cache_folder() -> Path:
     return Path(base) / "zofl_jax" / "tests"
 
 
+def leave_tpus_alone() -> None:
+    """Has JAX use the CPU where libtpu is installed, for this process and those it starts.
+
+    Without a TPU it would look for one for seconds, and complain.
+    """
+    if importlib.util.find_spec("libtpu"):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    leave_tpus_alone()
     programs.compile_quickly()
     # Tracing makes many objects and no garbage: collected as seldom, that takes a twentieth less.
     gc.set_threshold(100_000, 20, 20)

@@ -110,7 +110,7 @@ def test_texts_take_as_many_clients_at_a_time_as_memory_holds(monkeypatch):
     config = resolve("--clients_per_round=5", f"--batch_size={BATCH_SIZE}")
 
     def chosen(available, **changes):
-        monkeypatch.setattr(compilation, "memory_available", lambda: available)
+        monkeypatch.setattr(compilation, "memory_available", lambda where=None: available)
         return experiments_of._clients_at_once(config.replace(**changes), task, root)
 
     assert chosen(2**30) == 0  # all of them

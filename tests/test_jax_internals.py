@@ -12,6 +12,7 @@ from zofl_jax import keys
 from zofl_jax.directions import jaxprs, perturbations, structured, sums
 from zofl_jax.engine import compilation
 from zofl_jax.models import convolution
+from zofl_jax.planning import costs, programs
 
 W, X = np.ones((3, 4, 4), np.float32), np.ones((2, 4), np.float32)
 
@@ -215,6 +216,53 @@ def test_without_the_compiler_s_account_memory_is_unknown(monkeypatch):
     monkeypatch.setattr(compilation, "memory_bytes", lambda function: 0)
     x = jax.ShapeDtypeStruct((10,), jnp.float32)
     assert compilation.clients_that_fit(lambda w, x: (w * x).sum(), x, x, 10**9) == 1
+
+
+def test_the_text_of_compiled_programs_is_read():
+    """`planning.programs` reads a loop of rounds, in which another one turns five times."""
+
+    def found(turns):
+        weights = jnp.ones((turns, 64, 64))
+
+        def one(at):
+            x, rounds = at
+            return jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, weights)[0], rounds + 1
+
+        def rounds(x, limit):
+            return jax.lax.while_loop(lambda at: at[1] < limit, one, (x, 0))
+
+        compiled = jax.jit(rounds).lower(jnp.ones((8, 64)), 3).compile()
+        return programs.figures(compiled.as_text())
+
+    few, more = found(5), found(15)
+    assert few.notes == more.notes == (), (
+        "the text of compiled programs is another now: planning.programs gives no traffic and no "
+        "collectives"
+    )
+    layer = 64 * 64 * 4
+    assert 5 * layer <= few.traffic < 20 * layer
+    assert few.traffic + 10 * layer <= more.traffic <= 3.1 * few.traffic
+    assert few.collectives == {}
+
+
+def test_the_flops_of_products_are_read():
+    """`planning.costs` knows products, convolutions, scans and `shard_map` by name and params."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("clients",))
+    spec = jax.sharding.PartitionSpec("clients")
+
+    def fn(x, w):
+        spread = jax.shard_map(lambda x: x @ W[0], mesh=mesh, in_specs=spec, out_specs=spec)
+        images = jax.lax.conv(w[None], w[None], (1, 1), "VALID")
+        return spread(x), images, jax.lax.scan(lambda x, _: (x @ W[0], None), x, None, 7)
+
+    x = jnp.ones((3, W.shape[1]))
+    program, _ = jaxprs.trace(fn, x, jnp.ones((2, 4, 4)))
+    found = costs.of(program, groups=2)
+    one = 2 * 3 * W.shape[1] * W.shape[2]
+    assert found.products_each == one * (1 + 7) + 2 * 2 * 4 * 4, (
+        "a primitive or its params have another name: see planning.costs"
+    )
+    assert found.notes == ()
 
 
 def test_the_jaxpr_of_a_transformed_function_shows_its_shapes():

@@ -29,6 +29,7 @@ FOR = {  # what an extra is for: folders whose imports it serves
     "tfds": ("zofl_jax",),
     "privacy": ("zofl_jax",),
     "tensorboard": ("zofl_jax",),
+    "plan": ("zofl_jax",),
     "test": ("tests", "zofl_jax", "experiments"),
     "check": ("tests",),
     "docs": ("docs",),

@@ -1,5 +1,6 @@
 """What a run needs, built from its config: task, simulator, and the fingerprints of its inputs."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,16 +15,18 @@ from zofl_jax import keys, precision
 from zofl_jax.configuration import kinds, partitions, schedules, texts, wrapping
 from zofl_jax.configuration.config import Config, Data, Quadratic, Rounds, Texts, everything
 from zofl_jax.configuration.phases import build_phases
-from zofl_jax.core import ServerState, Task
+from zofl_jax.core import Batch, ServerState, Task
 from zofl_jax.data import partition, sources
 from zofl_jax.directions import batching, local_models
 from zofl_jax.engine import compilation, placement, simulation
 from zofl_jax.engine.processes import Team
+from zofl_jax.models import architectures
 from zofl_jax.models.images import MODELS
+from zofl_jax.planning import estimates
 from zofl_jax.runs import fingerprints, recording
 from zofl_jax.runs.directory import open_run, read_flags
 from zofl_jax.settings import settings_of
-from zofl_jax.tasks import objectives, quadratic, vision
+from zofl_jax.tasks import objectives, quadratic, tokens, vision
 
 if TYPE_CHECKING:
     from zofl_jax.tasks.language import LanguageTask
@@ -50,8 +53,9 @@ class Experiment(NamedTuple):
         return (*self.notes, *own)
 
 
-Devices = int | placement.Shape | None
-"""How many devices clients are shared out over, or the shape of a mesh; None for what is usual."""
+Devices = int | placement.Shape | Mesh | None
+"""How many devices clients are shared out over, the shape of a mesh, or a mesh, whose devices need
+not be there; None for what is usual."""
 
 
 def build(config: Config, devices: Devices = None, team: Team | None = None) -> Experiment:
@@ -74,9 +78,10 @@ def build(config: Config, devices: Devices = None, team: Team | None = None) -> 
     with placement.Placement(mesh).starting():
         prepared = _prepare(config)
     simulator = _simulator(config, prepared.task, mesh)
+    expected = _expected_memory(config, simulator)
     if team:
         simulator = team.lead(simulator)
-    notes = (*prepared.notes, *_notes(config, simulator))
+    notes = (*prepared.notes, *_notes(config, simulator), *expected)
     return Experiment(
         prepared.task,
         simulator,
@@ -86,6 +91,45 @@ def build(config: Config, devices: Devices = None, team: Team | None = None) -> 
         prepared.language,
         notes,
     )
+
+
+def of_architecture(
+    config: Config,
+    architecture: architectures.Config,
+    length: int,
+    devices: Devices = None,
+) -> simulation.Simulator:
+    """Returns the simulator of a config of texts with a model that is known by its sizes alone.
+
+    Clients have random tokens, as many examples as a batch has, and the weights are never made: for
+    `planning.plans`.
+
+    Args:
+      config: from `resolve`, of a task of texts.
+      architecture: in place of `--model`; `--dtype` and `--matmul_dtype` apply to it.
+      length: tokens of an example.
+      devices: as `build`.
+
+    Raises:
+      ValueError: for another kind of task, settings that need weights or texts, or too long
+        sequences.
+    """
+    if config.kind != "texts":
+        raise ValueError(f"--architecture is a language model, and --task={config.task} no texts")
+    for name in ("lora_rank", "train_only"):
+        if config.get(name):
+            raise ValueError(f"--{name} needs weights, which --architecture has none of")
+    if config.mask != "none":
+        raise ValueError(f"--mask={config.mask} needs weights, which --architecture has none of")
+    model = dataclasses.replace(
+        architecture,
+        param_dtype=config.dtype,
+        compute_dtype=config.dtype,
+        matmul_dtype=config.matmul_dtype,
+    )
+    whole = config.objective != "cross_entropy"
+    task = tokens.random_task(model, config.num_clients, config.batch_size, length, whole=whole)
+    return _simulator(config, task, _mesh(config, devices))
 
 
 def inputs(config: Config, devices: Devices = None) -> fingerprints.Fingerprints:
@@ -262,7 +306,13 @@ def rebuild(
 def _simulator(config: Config, task: Task, mesh: Mesh | None) -> simulation.Simulator:
     of_texts = config.kind == "texts"
     root = keys.root(config.seed, config.prng_impl)
-    config = _filled(config, task, root, placement.Placement(mesh).platform)
+    where, unset = placement.Placement(mesh, task.layout), config.clients_at_once is None
+    config = _filled(config, task, root, where)
+    smaller = None
+    half = (config.clients_at_once or config.clients_per_round) // 2
+    if unset and half:
+        fewer = config.replace(clients_at_once=half)
+        smaller = functools.partial(build_phases, fewer, task)
     return simulation.make_simulator(
         build_phases(config, task),
         task,
@@ -274,20 +324,23 @@ def _simulator(config: Config, task: Task, mesh: Mesh | None) -> simulation.Simu
         eval_batch_size=LANGUAGE_EVAL_BATCH if of_texts else EVAL_BATCH,
         mesh=mesh,
         conditions=wrapping.build(config, task, root),
+        smaller=smaller,
     )
 
 
-def _filled(config: Config, task: Task, root: keys.RootKeys, platform: str) -> Config:
-    """Returns the config with how many clients and models are evaluated at once on a platform."""
+def _filled(config: Config, task: Task, root: keys.RootKeys, where: placement.Placement) -> Config:
+    """Returns the config with how many clients and models are evaluated at once on devices."""
     if config.clients_at_once is None:
-        one = platform == "cpu" and convolutional(config)
-        config = config.replace(clients_at_once=1 if one else _clients_at_once(config, task, root))
+        one = where.platform == "cpu" and convolutional(config)
+        config = config.replace(
+            clients_at_once=1 if one else _clients_at_once(config, task, root, where)
+        )
     if config.perturbations_at_once is None:
         params = jax.eval_shape(task.init, root.init)
         clients = config.clients_at_once or config.clients_per_round
         tokens = task.test["tokens"].shape[1] if config.kind == "texts" else 1
         at_once = batching.models_at_once(
-            platform,
+            where.platform,
             rows=clients * config.batch_size * tokens,
             params=sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
             count=config.num_perturbations,
@@ -297,26 +350,51 @@ def _filled(config: Config, task: Task, root: keys.RootKeys, platform: str) -> C
     return config
 
 
-def _clients_at_once(config: Config, task: Task, root: keys.RootKeys) -> int:
-    """Returns how many clients' activations the device's memory holds, 0 for all of a round's."""
-    available = compilation.memory_available()
+def _clients_at_once(
+    config: Config,
+    task: Task,
+    root: keys.RootKeys,
+    where: placement.Placement = placement.ONE_DEVICE,
+) -> int:
+    """Returns how many clients' activations a device's memory holds, 0 for all of a round's."""
+    available = compilation.memory_available(where)
     if config.clients_per_round == 1 or not available:
         return 0
     backward = config.method.order == 1 or config.estimator == "projection"
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype),
-        task.train.examples,
-    )
     fitting = compilation.clients_that_fit(
         jax.value_and_grad(task.loss) if backward else task.loss,
         jax.eval_shape(lambda key: precision.wide(task.init(key)), root.init),
-        batch,
+        _batch_of(config, task),
         int(MEMORY_SHARE * available),
+        where if where.split > 1 or not where.is_there else placement.ONE_DEVICE,
     )
     return 0 if fitting >= config.clients_per_round else fitting
 
 
+def _batch_of(config: Config, task: Task) -> Batch:
+    """Returns the shapes of one client's examples in a local step."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype),
+        task.train.examples,
+    )
+
+
+def _expected_memory(config: Config, simulator: simulation.Simulator) -> tuple[str, ...]:
+    """Returns a sentence for the user where the memory may not suffice.
+
+    Raises:
+      ValueError: where it can't.
+    """
+    if not simulator.placement.is_there:
+        return ()
+    return estimates.check(
+        simulator, _batch_of(config, simulator.task), config.clients_at_once or 0
+    )
+
+
 def _mesh(config: Config, devices: Devices) -> Mesh | None:
+    if isinstance(devices, Mesh):
+        return devices
     if isinstance(devices, placement.Shape):
         return _mesh_of(devices)
     one = devices is None and not convolutional(config)

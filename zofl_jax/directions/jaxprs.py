@@ -129,6 +129,28 @@ def loop(equation: Equation) -> Loop | None:
     return Loop(body, num_consts, num_carry) if into == out else None
 
 
+def turns(equation: Equation) -> int | None:
+    """Returns how often the body of a scan is run, None if that can't be read.
+
+    It is the size of the axis that scanned inputs and stacked outputs have more than the body's;
+    where there are none, a param of the primitive.
+
+    >>> program, _ = trace(lambda x: jax.lax.scan(lambda x, _: (x + 1, x), x, length=3), 1.0)
+    >>> turns(program.jaxpr.eqns[-1])
+    3
+    """
+    bodies = inner(equation)
+    if len(bodies) != 1:
+        return None
+    body = bodies[0].jaxpr
+    for outside, inside in ((equation.invars, body.invars), (equation.outvars, body.outvars)):
+        for out, within in zip(outside, inside, strict=False):
+            if len(out.aval.shape) == len(within.aval.shape) + 1:
+                return out.aval.shape[0]
+    said = equation.params.get("length")
+    return said if isinstance(said, int) else None
+
+
 def _num_with_an_axis_more(outside: Sequence[Any], inside: Sequence[Any]) -> int | None:
     """Returns how many of the last variables have one axis more outside, None if others have."""
     if len(outside) != len(inside):

@@ -9,6 +9,9 @@ others; what they send, a few scalars, is gathered for the aggregation. Within a
 products' parts (the activations of a layer); directions are drawn where they are used, each
 device its own part, since a number of theirs is a function of the key and its place alone.
 
+The devices need not be there: on those of a topology (`planning.topologies`) arrays are their
+shapes with shardings, from which a round is compiled all the same.
+
 The data are on every device, unless the mesh spans several processes (`processes.py`): then each
 holds a block of clients, and the batches of a cohort go from the device that holds a client to the
 one that evaluates it.
@@ -16,6 +19,7 @@ one that evaluates it.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -115,14 +119,18 @@ def make_mesh(
       ValueError: if there are too few devices.
     """
     chosen = list(jax.local_devices() if devices is None else devices)
+    mesh = mesh_of(chosen, clients, model)
+    return None if mesh.size == 1 else mesh
+
+
+def mesh_of(chosen: Sequence[Any], clients: int | None, model: int) -> Mesh:
+    """Returns `make_mesh` of these devices, also where it is a single one."""
     groups = len(chosen) // model if clients is None else clients
     if not 1 <= groups * model <= len(chosen):
         raise ValueError(
             f"a mesh of {CLIENTS}:{groups or 1},{MODEL}:{model} needs {(groups or 1) * model} "
             f"devices, and there are {len(chosen)}"
         )
-    if groups * model == 1:
-        return None
     shape, names = ((groups,), (CLIENTS,)) if model == 1 else ((groups, model), (CLIENTS, MODEL))
     # Not `jax.make_mesh`, which may order them otherwise: who computes what is to be told by rank.
     grid = np.array(chosen[: groups * model]).reshape(shape)
@@ -176,6 +184,17 @@ class Placement:
             return jax.default_backend()
         kind = self.mesh.devices.flat[0].platform
         return "gpu" if kind in ("cuda", "rocm") else kind
+
+    @functools.cached_property
+    def is_there(self) -> bool:
+        """Whether its devices can be used; those of a topology can't."""
+        if self.mesh is None:
+            return True
+        first = self.mesh.devices.flat[0]
+        try:
+            return first in jax.devices(first.platform)
+        except RuntimeError:  # no such platform here
+            return False
 
     @property
     def spans_processes(self) -> bool:
@@ -258,9 +277,17 @@ class Placement:
         """Returns the tree with its leaves where `specs` says."""
         if self.mesh is None:
             return tree
+        if not self.is_there:
+            return self.shapes(tree, params)
         if not self.spans_processes:
             return jax.device_put(tree, self.shardings(tree, params))
         return jax.tree.map(_enter, tree, self.shardings(tree, params))
+
+    def shapes(self, tree: Any, params: Params) -> Any:
+        """Returns shapes, with shardings where there is a mesh: what stands for `placed`."""
+        if self.mesh is None:
+            return jax.tree.map(_shape, tree)
+        return jax.tree.map(_shape, tree, self.shardings(tree, params))
 
     def replicated(self, tree: Any) -> Any:
         """Returns the tree with every array on every device.
@@ -271,6 +298,8 @@ class Placement:
         if self.mesh is None:
             return tree
         everywhere = NamedSharding(self.mesh, PartitionSpec())
+        if not self.is_there:
+            return jax.tree.map(lambda leaf: _shape(leaf, everywhere), tree)
         if not self.spans_processes:
             return jax.device_put(tree, everywhere)
         return jax.tree.map(lambda leaf: _enter(leaf, everywhere), tree)
@@ -288,18 +317,20 @@ class Placement:
         """
         return self.constrained(tree, params) if self.split > 1 else tree
 
-    def closed_over(self, array: Array) -> Array:
+    def closed_over(self, array: Array) -> Any:
         """Returns an array that a program closes over, such as frozen weights, on the devices.
 
         It has no path, so a large one is split along its largest axis.
         """
         if self.split == 1 or array.size < LARGE or self.mesh is None:
-            return array
+            return array if self.is_there else self.replicated(array)
         axes = [i for i, n in enumerate(array.shape) if n % self.split == 0]
         if not axes:
-            return array
+            return array if self.is_there else self.replicated(array)
         axis = max(axes, key=lambda i: array.shape[i])
         where = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, MODEL))
+        if not self.is_there:
+            return _shape(array, where)
         return _enter(array, where) if self.spans_processes else jax.device_put(array, where)
 
     def client_data(self, data: ClientData) -> ClientData:
@@ -309,20 +340,24 @@ class Placement:
         hands over those of its own devices only. Blocks have about equally many examples.
         """
         if self.mesh is None or not self.spans_processes:
-            return self.replicated(jax.device_put(data))
+            return self.replicated(jax.device_put(data) if self.is_there else data)
         offsets, order = np.asarray(data.offsets), np.asarray(data.order)
         bounds = np.linspace(0, len(order), self.groups + 1)
         begins = offsets[np.searchsorted(offsets, bounds)]  # of each block, and the end
         size = int(np.diff(begins).max())
         apart = NamedSharding(self.mesh, PartitionSpec(CLIENTS))
 
-        def spread(leaf: Any) -> Array:
+        def spread(leaf: Any) -> Any:
+            whole = (self.groups * size, *leaf.shape[1:])
+            if not self.is_there:
+                return jax.ShapeDtypeStruct(whole, leaf.dtype, sharding=apart)
+
             def block(index: Any) -> np.ndarray:
                 number = (index[0].start or 0) // size
                 rows = order[begins[number] : begins[number + 1]]
                 return np.asarray(leaf)[np.resize(rows, size) if len(rows) else np.zeros(size, int)]
 
-            return jax.make_array_from_callback((self.groups * size, *leaf.shape[1:]), apart, block)
+            return jax.make_array_from_callback(whole, apart, block)
 
         within = [np.arange(end - begin) for begin, end in itertools.pairwise(begins)]
         moved = np.concatenate([size * number + at for number, at in enumerate(within)])
@@ -462,6 +497,12 @@ def _enter(leaf: Any, where: NamedSharding) -> Array:
     host = np.asarray(leaf)
     # `device_put` would compare the hosts' values, and wait for processes that don't come.
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def _shape(leaf: Any, where: NamedSharding | None = None) -> Any:
+    """Returns the shape of an array, which may be one already, on these devices."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype, sharding=where)
 
 
 def _num_cores() -> int:

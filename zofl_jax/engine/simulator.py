@@ -24,6 +24,7 @@ from zofl_jax.core import (
     Algorithm,
     Array,
     Broadcast,
+    ClientData,
     Params,
     Phase,
     PRNGKey,
@@ -33,7 +34,7 @@ from zofl_jax.core import (
 )
 from zofl_jax.data import batches as data_batches
 from zofl_jax.data import partition
-from zofl_jax.engine import carried, compilation, fitting, ledger, placement
+from zofl_jax.engine import carried, compilation, exhaustion, fitting, ledger, placement
 from zofl_jax.engine import rounds as traced
 from zofl_jax.engine.placement import Placement
 from zofl_jax.engine.progress import Progress, Trace
@@ -44,6 +45,14 @@ class Flight(NamedTuple):
 
     first_round: int
     loop: traced.Loop  # arrays that are not waited for
+
+
+class Shapes(NamedTuple):
+    """What rounds start from: shapes with shardings, and the data as they lie on the devices."""
+
+    state: ServerState
+    memory: Any
+    train: ClientData
 
 
 def make_simulator(
@@ -58,6 +67,7 @@ def make_simulator(
     eval_batch_size: int = 512,
     mesh: Mesh | None = None,
     conditions: traced.Conditions = traced.IDEAL,
+    smaller: Callable[[], Algorithm | Sequence[Phase]] | None = None,
 ) -> "Simulator":
     """Returns the compiled functions that simulate `algorithm` on `task`.
 
@@ -73,6 +83,8 @@ def make_simulator(
       mesh: devices that clients are shared out over and params split over, see `placement`;
         one unless given.
       conditions: who is there, who is malicious, which messages are rejected.
+      smaller: makes the same algorithm, or phases, in a form that needs less memory. It is taken
+        once, where the memory doesn't suffice for the first rounds.
 
     Raises:
       ValueError: for a cohort larger than the population, phases out of order, clients with fewer
@@ -94,7 +106,7 @@ def make_simulator(
     fitting.check(phases, setting)
     _warn_of_narrow_params(phases, task, root)
     where = Placement(mesh, task.layout)
-    return Simulator(phases, task, root, setting, eval_batch_size, where, conditions)
+    return Simulator(phases, task, root, setting, eval_batch_size, where, conditions, smaller)
 
 
 class Simulator:
@@ -109,6 +121,7 @@ class Simulator:
       placement: the devices that rounds run on, and what lies where.
       conditions: under which rounds run.
       epsilon: ledger -> ε spent so far; None where no algorithm accounts for it.
+      fell_back: whether the memory didn't suffice and the smaller form was taken.
     """
 
     task: Task
@@ -121,6 +134,7 @@ class Simulator:
     placement: Placement
     conditions: traced.Conditions
     epsilon: Callable[[ledger.Ledger], float] | None
+    fell_back: bool
 
     def __init__(
         self,
@@ -131,8 +145,12 @@ class Simulator:
         eval_batch_size: int,
         where: Placement,
         conditions: traced.Conditions,
+        smaller: Callable[[], Algorithm | Sequence[Phase]] | None = None,
     ):
         """Takes what `make_simulator` has checked."""
+        # One of several processes can't run another program than the others.
+        self._smaller = None if where.spans_processes else smaller
+        self.fell_back = False
         self.task, self.root, self.phases, self.conditions = task, root, phases, conditions
         self.epsilon = fitting.epsilon(phases, setting)
         # All but the rounds is each process's own business.
@@ -153,7 +171,8 @@ class Simulator:
         self._train = where.client_data(task.train)
         self._placed_root = where.replicated(root)
         test = data_batches.evaluation_batches(task.test, eval_batch_size)
-        self._test = self._own_part.replicated(jax.device_put(test))  # and its mask
+        # And its mask.
+        self._test = self._own_part.replicated(jax.device_put(test) if where.is_there else test)
 
         attend = conditions.attend or participation.everyone(
             setting.num_clients, setting.clients_per_round
@@ -167,9 +186,7 @@ class Simulator:
         with self.placement.starting():
             if params is None:
                 params = self.task.init(self.root.init)
-            clients = jax.tree.map(
-                lambda m: jnp.repeat(m[None], num_clients, axis=0), first.init_memory(params)
-            )
+            clients = _clients_memory(first, params, num_clients)
             # A copy, since `advance` consumes the state it is given.
             state = jax.tree.map(jnp.copy, first.init(params))
         if not self.placement.splits_processes:
@@ -182,28 +199,33 @@ class Simulator:
 
         Raises:
           ValueError: unless 1 <= n <= the capacity, and all rounds lie in one phase.
+          OutOfMemoryError: if the device has too little, and there is nothing to fall back on.
         """
         first_round = int(state.round)
         phase = self._phase_of(first_round, n)
-        loop = self._compiler.call(
-            ("advance", phase),
-            self._make_advance(phase),
-            (
-                self.placement.placed(state, self._params),
-                self.placement.placed(memory, self._params),
-                self._train,
-                self._placed_root,
-                np.int32(n),
-            ),
-            donate=(0, 1),
-            where=self.placement,
-        )
-        return Flight(first_round, loop)
+        state = self.placement.placed(state, self._params)
+        memory = self.placement.placed(memory, self._params)
+        try:
+            with exhaustion.told():
+                return Flight(first_round, self._launched(phase, state, memory, n))
+        except exhaustion.OutOfMemoryError:
+            if self._smaller is None or exhaustion.consumed((state, memory)):
+                raise
+        self.phases, self._smaller = as_phases(self._smaller()), None
+        self.fell_back = True
+        self._compiler.forget("advance")
+        with exhaustion.told():
+            return Flight(first_round, self._launched(phase, state, memory, n))
 
     def land(self, flight: Flight) -> tuple[ServerState, Any, Trace]:
-        """Returns the state, the memory and the trace after a flight, and waits for them."""
+        """Returns the state, the memory and the trace after a flight, and waits for them.
+
+        Raises:
+          OutOfMemoryError: if the device turns out to have too little.
+        """
         first_round, loop = flight
-        done = int(loop.done)
+        with exhaustion.told():
+            done = int(loop.done)
         kept: traced.RoundRecord = jax.tree.map(lambda x: np.asarray(x)[:done], loop.records)
         trace = Trace(
             first_round,
@@ -321,6 +343,45 @@ class Simulator:
         """
         return self._compiler.memory_bytes("advance")
 
+    def devices(self) -> list[Any]:
+        """Returns the devices that rounds run on."""
+        mesh = self.placement.mesh
+        return jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
+
+    def lowered(self, phase: int = 0) -> compilation.Lowered:
+        """Returns the rounds of a phase as they go to the compiler, from shapes alone.
+
+        It is the program of `launch`. Neither params nor memory are made, and the devices need not
+        be there (`Placement.is_there`). Its arguments are those that the program closes over, and
+        (state, memory, train, root, limit).
+        """
+        made = self.shapes(phase)
+        args = (made.state, made.memory, self._train, self._placed_root, np.int32(1))
+        return compilation.lower(self._make_advance(phase), args, (0, 1), self.placement)
+
+    def shapes(self, phase: int = 0) -> "Shapes":
+        """Returns what the rounds of a phase start from, as shapes on the devices."""
+        algorithm, setting = self.phases[phase].algorithm, self.setting
+
+        def started(key: PRNGKey) -> tuple[ServerState, Any]:
+            params = self.task.init(key)
+            clients = _clients_memory(algorithm, params, setting.num_clients)
+            kept = self._carried.start(clients, self._upload, setting.clients_per_round)
+            return algorithm.init(params), kept
+
+        found = jax.eval_shape(started, self.root.init)
+        state, memory = self.placement.shapes(found, self._params)
+        return Shapes(state, memory, self._train)
+
+    def _launched(self, phase: int, state: ServerState, memory: Any, n: int) -> traced.Loop:
+        return self._compiler.call(
+            ("advance", phase),
+            self._make_advance(phase),
+            (state, memory, self._train, self._placed_root, np.int32(n)),
+            donate=(0, 1),
+            where=self.placement,
+        )
+
     def _make_advance(self, phase: int) -> Callable[..., traced.Loop]:
         return traced.make_advance(
             self.phases[phase].algorithm,
@@ -425,6 +486,13 @@ def _warn_of_narrow_params(phases: Sequence[Phase], task: Task, root: keys.RootK
             "of the library do",
             stacklevel=3,
         )
+
+
+def _clients_memory(algorithm: Algorithm, params: Params, num_clients: int) -> Any:
+    """Returns what all clients remember at first, a tree of arrays [num_clients, ...]."""
+    return jax.tree.map(
+        lambda m: jnp.repeat(m[None], num_clients, axis=0), algorithm.init_memory(params)
+    )
 
 
 def _key_words(shared: PRNGKey, round_index: Array) -> Array:

@@ -197,14 +197,20 @@ def _llama(
     )
 
 
-def _llama3(*sizes: int) -> Config:
+def _llama3(
+    *sizes: int,
+    tied: bool = True,
+    max_positions: int = 131072,
+    stretched: float | None = 32.0,
+) -> Config:
     return _llama(
         "llama",
         *sizes,
         vocab_size=128256,
-        max_positions=131072,
+        tied=tied,
+        max_positions=max_positions,
         rope_theta=500000.0,
-        rope_scaling=RopeScaling(32.0),
+        rope_scaling=None if stretched is None else RopeScaling(stretched),
         bos_id=128000,
         eos_ids=(128001,),
     )
@@ -246,7 +252,16 @@ PUBLISHED: dict[str, Config] = {
     "opt-6.7b": _opt(4096, 32, 32),
     "opt-13b": _opt(5120, 40, 40),
     "opt-30b": _opt(7168, 48, 56),
+    "opt-66b": _opt(9216, 64, 72),
     # width, mlp_width, layers, heads, kv_heads, head_dim
+    "llama-3-8b": _llama3(
+        *(4096, 14336, 32, 32, 8, 128), tied=False, max_positions=8192, stretched=None
+    ),
+    "llama-3-70b": _llama3(
+        *(8192, 28672, 80, 64, 8, 128), tied=False, max_positions=8192, stretched=None
+    ),
+    "llama-3.1-8b": _llama3(*(4096, 14336, 32, 32, 8, 128), tied=False, stretched=8.0),
+    "llama-3.1-70b": _llama3(*(8192, 28672, 80, 64, 8, 128), tied=False, stretched=8.0),
     "llama-3.2-1b": _llama3(2048, 8192, 16, 32, 8, 64),
     "llama-3.2-3b": _llama3(3072, 8192, 28, 24, 8, 128),
     "smollm2-135m": _smollm2(576, 1536, 30, 9, 3, 64),

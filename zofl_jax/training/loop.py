@@ -276,7 +276,16 @@ def _rounds(
     def reads_state(done: int) -> bool:
         return any([each.wants_state(done) for each in watching])  # all are asked
 
+    told = False
+
     def on_rounds(*what: Any) -> None:
+        nonlocal told
+        if context.simulator.fell_back and not told:
+            told = True
+            context.tell(
+                "note: the memory did not suffice for as many clients at once as were chosen, and "
+                "half as many are evaluated now; --clients_at_once sets the number"
+            )
         for each in watching:
             each.rounds(*what)
 

@@ -1,0 +1,1 @@
+"""What a round takes on devices that need not be there: memory, FLOPs, traffic, time."""
