@@ -137,8 +137,7 @@ SCALAR = {
     ),
     "ferret": Method(
         lambda loss, rate: ferret(loss, optax.sgd(rate), 40, local_steps=3),
-        digits=1.0,
-        quadratic=0.3,
+        rate=1.0,
     ),
     "mezo": Method(
         lambda loss, rate: mezo(loss, 1e-3, optax.sgd(rate)),
@@ -189,8 +188,7 @@ DENSE = {
         lambda loss, rate: hybrid(
             loss, _central(), optax.sgd(rate, momentum=0.5), optax.sgd(rate), local_steps=2
         ),
-        digits=0.05,
-        quadratic=0.3,
+        rate=0.05,
     ),
     "scaffold": Method(
         lambda loss, rate: scaffold(loss, rate, share=3 / 8, local_steps=3),
@@ -293,7 +291,7 @@ VARIANTS = {
         lambda loss, rate: decomfl(
             loss, _central(), optax.sgd(rate), local_steps=2, step_rule=normalized()
         ),
-        quadratic=0.05,
+        rate=0.05,
     ),
     "one second moment, low-rank directions and local steps": Method(
         lambda loss, rate: decomfl(
@@ -303,17 +301,17 @@ VARIANTS = {
             local_steps=2,
             step_rule=second_moment(),
         ),
-        quadratic=0.01,
+        rate=0.01,
     ),
     "R-AdaZO": Method(
         lambda loss, rate: decomfl(loss, _central(), radazo(rate)),
-        quadratic=0.1,
+        rate=0.1,
     ),
     "ferret, low-rank directions and what they don't say": Method(
         lambda loss, rate: ferret(
             loss, optax.sgd(rate), 10, perturbations.low_rank(2), local_steps=3, remainder=True
         ),
-        quadratic=0.1,
+        rate=0.1,
     ),
     "trimmed mean": _robust(aggregation.trimmed_mean(0.2)),
     "Krum": _robust(aggregation.krum(1)),
