@@ -9,9 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import speed
+from benchmarks import plans, speed
 from experiments import theory
-from zofl_jax.engine.exhaustion import in_words
 from zofl_jax.observation.plots import human_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +29,7 @@ def main() -> None:
         ROOT / "README.md",
         {"results": fashion_table(), "theory": theory_table(), "speed": speed.table(RESULTS)},
     )
-    write(ROOT / "docs" / "scaling.md", {"plans": plans_table()})
+    write(ROOT / "docs" / "scaling.md", {"plans": plans.table(RESULTS)})
 
 
 def write(path: Path, tables: dict[str, str]) -> None:
@@ -70,33 +69,6 @@ def theory_table() -> str:
     """Returns the table that `experiments.theory` wrote."""
     results: dict[str, Any] = json.loads((RESULTS / "theory.json").read_text())
     return theory.table(results["points"], results["slopes"])
-
-
-def plans_table() -> str:
-    """Returns what `experiments.plan` found as Markdown."""
-    lines = [
-        "| model | devices | clients x model | memory of a device | FLOPs of a round | traffic "
-        "| sent by a device | at its peak: compute, memory, interconnect | first "
-        "| clients a second at most |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for path in sorted((RESULTS / "plans").glob("*.json")):
-        plan = json.loads(path.read_text())
-        memory, mesh, times = plan["memory_bytes_a_device"], plan["mesh"], plan["seconds_at_peak"]
-        cells = [
-            plan["flags"]["architecture"],
-            f"{mesh['clients'] * mesh['model']} {plan['device']}",
-            f"{mesh['clients']} x {mesh['model']}",
-            f"{in_words(memory['needed'])} of {in_words(memory['limit'])}",
-            f"{plan['flops_a_round']:.2e}",
-            in_words(plan["memory_traffic_bytes_a_device"]),
-            in_words(plan["sent_bytes_a_device"]),
-            ", ".join(f"{1000 * seconds:.3g}" for seconds in times.values()) + " ms",
-            plan["saturates_first"],
-            f"{plan['clients_a_second_at_most']:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

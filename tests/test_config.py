@@ -25,7 +25,7 @@ from zofl_jax.configuration.schedules import Change
 from zofl_jax.core import ClientData, Phase, Task
 from zofl_jax.data.text import TextData
 from zofl_jax.directions import estimators, perturbations
-from zofl_jax.engine import compilation
+from zofl_jax.engine import compilation, placement
 from zofl_jax.engine.simulation import phase_at
 
 FOLDER = Path(experiments.__file__).parent / "flagfiles"
@@ -73,10 +73,20 @@ def test_the_quadratic_has_one_example_a_client_unless_asked_for_more():
     assert resolve("--task=quadratic", "--batch_size=32").batch_size == 32
 
 
-def test_convolutional_models_take_a_client_at_a_time():
-    assert resolve("--model=mnist_cnn").clients_at_once == 1
-    assert resolve("--model=mnist_cnn", "--clients_at_once=4").clients_at_once == 4
-    assert resolve("--model=mlp").clients_at_once == 0
+def test_how_many_are_evaluated_at_once_is_left_to_the_device_for_large_models(tmp_path):
+    """On a CPU convolutional models take one client and one perturbed model at a time."""
+    left = resolve("--model=mnist_cnn")
+    assert (left.clients_at_once, left.perturbations_at_once) == (None, None)
+    root = keys.root(0)
+    placed = experiments_of.for_devices(left, softmax_task(), root, placement.ONE_DEVICE)
+    assert (placed.clients_at_once, placed.perturbations_at_once) == (1, 1)
+    told = resolve("--model=mnist_cnn", "--clients_at_once=4", "--perturbations_at_once=2")
+    assert experiments_of.for_devices(told, softmax_task(), root, placement.ONE_DEVICE) == told
+    small = resolve("--model=mlp")
+    assert (small.clients_at_once, small.perturbations_at_once) == (0, 0)
+    # Runs from before that hold what their model alone said then, and go on with it.
+    (tmp_path / "flags.json").write_text(json.dumps(left.flat() | {"clients_at_once": 1}))
+    assert experiments_of.resumed(left, tmp_path)[0].clients_at_once == 1
 
 
 def test_runs_from_before_bos_was_a_flag_go_on_with_it_before_every_text(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -13,7 +14,8 @@ import optax
 import pytest
 from tiny_tasks import softmax_task
 
-from benchmarks import tables, workloads
+from benchmarks import plans as committed
+from benchmarks import workloads
 from zofl_jax.algorithms import decomfl
 from zofl_jax.configuration import experiment
 from zofl_jax.configuration.resolve import resolve
@@ -26,7 +28,8 @@ needs_libtpu = pytest.mark.skipif(
     not topologies.is_installed(), reason="needs the TPU's compiler: pip install 'zofl-jax[plan]'"
 )
 
-PLANS = tables.RESULTS / "plans"
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 TINY = {"num_layers": 2, "vocab_size": 512, "width": 128, "mlp_width": 512, "head_dim": 32}
 TINY |= {"num_heads": 4, "num_kv_heads": 4}
@@ -307,8 +310,8 @@ def test_the_command_plans_the_digits(tmp_path):
 
 
 def test_the_page_s_table_is_that_of_the_committed_plans():
-    assert tables.plans_table() in (tables.ROOT / "docs" / "scaling.md").read_text()
-    kept = {path.stem: json.loads(path.read_text()) for path in PLANS.glob("*.json")}
+    assert committed.table(RESULTS) in (ROOT / "docs" / "scaling.md").read_text()
+    kept = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "plans").glob("*.json")}
     assert {"smollm2-135m_v5e-16", "opt-13b_v5e-256", "llama-3-8b_v5e-256"} <= set(kept)
     opt = kept["opt-13b_v5e-256"]
     assert opt["mesh"]["model"] > 1 and opt["mesh"]["clients"] * opt["mesh"]["model"] == 256

@@ -307,7 +307,7 @@ def _simulator(config: Config, task: Task, mesh: Mesh | None) -> simulation.Simu
     of_texts = config.kind == "texts"
     root = keys.root(config.seed, config.prng_impl)
     where, unset = placement.Placement(mesh, task.layout), config.clients_at_once is None
-    config = _filled(config, task, root, where)
+    config = for_devices(config, task, root, where)
     smaller = None
     half = (config.clients_at_once or config.clients_per_round) // 2
     if unset and half:
@@ -328,7 +328,9 @@ def _simulator(config: Config, task: Task, mesh: Mesh | None) -> simulation.Simu
     )
 
 
-def _filled(config: Config, task: Task, root: keys.RootKeys, where: placement.Placement) -> Config:
+def for_devices(
+    config: Config, task: Task, root: keys.RootKeys, where: placement.Placement
+) -> Config:
     """Returns the config with how many clients and models are evaluated at once on devices."""
     if config.clients_at_once is None:
         one = where.platform == "cpu" and convolutional(config)

@@ -175,6 +175,8 @@ def clients_that_fit(
     """
     on_devices = where.shapes(params, params)
     size = bytes_on_a_device(on_devices)
+    if 2 * size >= room:
+        return 1
     shared = where.shapes(batch, {}) if where.mesh is not None else batch
     try:
         with exhaustion.told():
