@@ -19,7 +19,7 @@ import zofl_jax as zofl
 from experiments import train as command
 from zofl_jax.configuration import schedules
 from zofl_jax.directions import estimators
-from zofl_jax.engine import simulation
+from zofl_jax.engine import rounds
 from zofl_jax.runs.directory import RunError, open_run, read_flags
 from zofl_jax.runs.run_log import RunLog
 from zofl_jax.training import described, identity, loop, observers
@@ -186,7 +186,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(simulator, whole, tmp_path):
     uninterrupted, expected = whole
     assert snapshot(workdir, ROUNDS) == snapshot(uninterrupted, ROUNDS)
     assert evaluations(workdir) == evaluations(uninterrupted)
-    fingerprint = simulation.traced.fingerprint
+    fingerprint = rounds.fingerprint
     ours, theirs = (fingerprint(o.progress.state.params) for o in (outcome, expected))
     assert int(ours) == int(theirs)
     same = {name for name in expected.summary if "seconds" not in name} - {"memory_bytes"}
