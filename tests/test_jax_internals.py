@@ -47,6 +47,13 @@ OPERATIONS = {
     "reshape": lambda w, x: x @ w.reshape(12, 4)[:4],
     "gather": lambda w, x: w.reshape(12, 4)[jnp.array([0, 2])],
     "dot_general": lambda w, x: x @ w.reshape(4, 12),
+    "conv_general_dilated": lambda w, x: jax.lax.conv_general_dilated(
+        x[None, ..., None],
+        w[:2, :2, None],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    ),
 }
 """For each primitive that has a rule, a function that is made of it."""
 

@@ -255,10 +255,8 @@ def resumed(config: Config, workdir: Path) -> tuple[Config, dict[str, Any]]:
     if not (workdir / "flags.json").exists():
         return config, config.flat()
     recorded = read_flags(workdir)
-    for name in (
-        "clients_at_once",
-        "perturbations_at_once",
-    ):  # which were settled by the model alone
+    # Older runs hold what their model alone said of these.
+    for name in ("clients_at_once", "perturbations_at_once"):
         if getattr(config, name) is None and recorded.get(name) is not None:
             config = config.replace(**{name: recorded[name]})
     told = config.bos != "auto" or "bos" in config.given

@@ -108,8 +108,9 @@ def run(
 
         done += len(trace.losses)
         mark = simulator.fingerprint(state.params) if on_rounds else None
+        lost = trace.failed_loss is not None  # whoever hears of it may keep the state
         read = on_rounds is not None and reads_state(done)
-        seen, kept = simulator.readable((state, memory)) if read else (state, memory)
+        seen, kept = simulator.readable((state, memory)) if read or lost else (state, memory)
         now = books.progress(seen, kept, seconds, mark)
         later.callback(books.count, trace, now, simulator.sizes[phase])
         if trace.failed_loss is not None:
