@@ -80,10 +80,14 @@ def test_how_many_are_evaluated_at_once_is_left_to_the_device_for_large_models(t
     root = keys.root(0)
     placed = experiments_of.for_devices(left, softmax_task(), root, placement.ONE_DEVICE)
     assert (placed.clients_at_once, placed.perturbations_at_once) == (1, 1)
+    # Memory is estimated of what was chosen, not of what was asked for.
+    small = left.replace(batch_size=BATCH_SIZE, clients_per_round=2)
+    _, chosen = experiments_of._simulator(small, softmax_task(), None)
+    assert (chosen.clients_at_once, chosen.perturbations_at_once) == (1, 1)
     told = resolve("--model=mnist_cnn", "--clients_at_once=4", "--perturbations_at_once=2")
     assert experiments_of.for_devices(told, softmax_task(), root, placement.ONE_DEVICE) == told
-    small = resolve("--model=mlp")
-    assert (small.clients_at_once, small.perturbations_at_once) == (0, 0)
+    plain = resolve("--model=mlp")
+    assert (plain.clients_at_once, plain.perturbations_at_once) == (0, 0)
     # Runs from before that hold what their model alone said then, and go on with it.
     (tmp_path / "flags.json").write_text(json.dumps(left.flat() | {"clients_at_once": 1}))
     assert experiments_of.resumed(left, tmp_path)[0].clients_at_once == 1

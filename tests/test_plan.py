@@ -381,7 +381,7 @@ def test_a_config_has_half_as_many_clients_to_fall_back_on():
     config = resolve({"clients_per_round": 4})
     assert experiment.build(config).simulator._smaller is None  # chosen: all, by default
     automatic = config.replace(clients_at_once=None, batch_size=4)
-    made = experiment._simulator(automatic, softmax_task(), None)
+    made, _ = experiment._simulator(automatic, softmax_task(), None)
     assert made._smaller is not None and len(made._smaller()) == 1
 
 

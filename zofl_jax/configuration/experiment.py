@@ -77,8 +77,8 @@ def build(config: Config, devices: Devices = None, team: Team | None = None) -> 
     mesh = _mesh(config, devices)
     with placement.Placement(mesh).starting():
         prepared = _prepare(config)
-    simulator = _simulator(config, prepared.task, mesh)
-    expected = _expected_memory(config, simulator)
+    simulator, placed = _simulator(config, prepared.task, mesh)
+    expected = _expected_memory(placed, simulator)
     if team:
         simulator = team.lead(simulator)
     notes = (*prepared.notes, *_notes(config, simulator), *expected)
@@ -129,7 +129,7 @@ def of_architecture(
     )
     whole = config.objective != "cross_entropy"
     task = tokens.random_task(model, config.num_clients, config.batch_size, length, whole=whole)
-    return _simulator(config, task, _mesh(config, devices))
+    return _simulator(config, task, _mesh(config, devices))[0]
 
 
 def inputs(config: Config, devices: Devices = None) -> fingerprints.Fingerprints:
@@ -233,7 +233,7 @@ def at_learning_rate(experiment: Experiment, config: Config, devices: Devices) -
 
     Both share compiled functions through the compilation cache.
     """
-    simulator = _simulator(config, experiment.task, _mesh(config, devices))
+    simulator, _ = _simulator(config, experiment.task, _mesh(config, devices))
     return experiment._replace(simulator=simulator)
 
 
@@ -301,7 +301,10 @@ def rebuild(
     return state, done, same
 
 
-def _simulator(config: Config, task: Task, mesh: Mesh | None) -> simulation.Simulator:
+def _simulator(
+    config: Config, task: Task, mesh: Mesh | None
+) -> tuple[simulation.Simulator, Config]:
+    """Returns the simulator, and the config with what was chosen for its devices."""
     of_texts = config.kind == "texts"
     root = keys.root(config.seed, config.prng_impl)
     where, unset = placement.Placement(mesh, task.layout), config.clients_at_once is None
@@ -311,7 +314,7 @@ def _simulator(config: Config, task: Task, mesh: Mesh | None) -> simulation.Simu
     if unset and half:
         fewer = config.replace(clients_at_once=half)
         smaller = functools.partial(build_phases, fewer, task)
-    return simulation.make_simulator(
+    made = simulation.make_simulator(
         build_phases(config, task),
         task,
         clients_per_round=config.clients_per_round,
@@ -324,6 +327,7 @@ def _simulator(config: Config, task: Task, mesh: Mesh | None) -> simulation.Simu
         conditions=wrapping.build(config, task, root),
         smaller=smaller,
     )
+    return made, config
 
 
 def for_devices(

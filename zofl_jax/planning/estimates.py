@@ -47,7 +47,8 @@ def check(simulator: Simulator, batch: Batch, clients_at_once: int = 0) -> tuple
     examples = clients * compilation.bytes_on_a_device(batch)
     if kept + FACTOR * examples < available:
         return ()
-    needed = kept + clients * _largest(simulator, batch)
+    program, _ = jaxprs.trace(simulator.task.loss, started.state.params, batch)
+    needed = kept + clients * max(_sizes(program), default=0)
     if needed <= available:
         return ()
     return (
@@ -56,14 +57,8 @@ def check(simulator: Simulator, batch: Batch, clients_at_once: int = 0) -> tuple
     )
 
 
-def _largest(simulator: Simulator, batch: Batch) -> int:
-    """Returns the bytes of the largest array that the loss of a batch makes."""
-    params = simulator.shapes().state.params
-    program, _ = jaxprs.trace(simulator.task.loss, params, batch)
-    return max(_sizes(program), default=0)
-
-
 def _sizes(program: jaxprs.Program) -> list[int]:
+    """Returns the bytes of each array that a program makes."""
     found = []
     for equation in program.jaxpr.eqns:
         inside = jaxprs.inner(equation)
