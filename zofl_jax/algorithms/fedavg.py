@@ -165,6 +165,15 @@ def whole_model() -> Sync:
     )
 
 
+def whole_state() -> Sync:
+    """Returns the message that brings clients up to date which need the optimiser's state too."""
+    return Sync(
+        message=lambda state: (state.params, state.opt_state),
+        restore=lambda state, message: state._replace(params=message[0], opt_state=message[1]),
+        alone=True,
+    )
+
+
 def build(parts: Parts, options: NoOptions) -> Algorithm:
     """Returns the algorithm of `METHOD`."""
     return fedavg(

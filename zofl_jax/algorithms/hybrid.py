@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from zofl_jax import keys, precision
+from zofl_jax.algorithms.fedavg import whole_state
 from zofl_jax.algorithms.local_training import ClientOptimizer, difference
 from zofl_jax.algorithms.method import Method, Parts
 from zofl_jax.conditions import aggregation
@@ -38,7 +39,6 @@ from zofl_jax.core import (
     Passes,
     PRNGKey,
     ServerState,
-    Sync,
     Upload,
 )
 from zofl_jax.directions.batching import at_once
@@ -177,11 +177,7 @@ def hybrid(
         aggregate=aggregate,
         server=server,
         local_steps=local_steps,
-        sync=Sync(
-            message=lambda state: (state.params, state.opt_state),
-            restore=lambda state, message: state._replace(params=message[0], opt_state=message[1]),
-            alone=True,
-        ),
+        sync=whole_state(),
         passes=_sum(estimator.passes, Passes(1, 1)).times(local_steps),
     )
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from zofl_jax import precision
+from zofl_jax.algorithms.fedavg import whole_state
 from zofl_jax.algorithms.fedopt import ServerRate
 from zofl_jax.algorithms.local_training import Trained, difference, exact, train
 from zofl_jax.algorithms.method import Method, Parts, Refusal
@@ -36,7 +37,6 @@ from zofl_jax.core import (
     Passes,
     PRNGKey,
     ServerState,
-    Sync,
     Upload,
 )
 from zofl_jax.directions.batching import at_once
@@ -143,11 +143,7 @@ def scaffold(
         server=server,
         local_steps=local_steps,
         init_memory=init_memory,
-        sync=Sync(
-            message=lambda state: (state.params, state.opt_state),
-            restore=lambda state, message: state._replace(params=message[0], opt_state=message[1]),
-            alone=True,
-        ),
+        sync=whole_state(),
         passes=Passes(1, 1).times(local_steps),
         expects=Expectations(share=share),
     )
