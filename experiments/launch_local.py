@@ -19,6 +19,8 @@ from typing import IO
 
 from absl import app, flags
 
+from zofl_jax.engine import placement
+
 flags.DEFINE_integer("processes", 2, "How many processes.", lower_bound=1)
 flags.DEFINE_integer("devices_per_process", 1, "Devices of each.", lower_bound=1)
 
@@ -68,9 +70,16 @@ def _process(
         stdout=output if index else None,
         stderr=subprocess.STDOUT if index else None,
         start_new_session=True,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(FLAGS.devices_per_process)},
+        env={**os.environ, **_cpu_devices()},
     )
     return _killed_at_the_end(process)
+
+
+def _cpu_devices() -> dict[str, str]:
+    """Returns what makes JAX see a CPU as --devices_per_process, unless a flag of XLA says it."""
+    if placement.counts_cpu_devices():
+        return {}
+    return {"JAX_NUM_CPU_DEVICES": str(FLAGS.devices_per_process)}
 
 
 @contextlib.contextmanager

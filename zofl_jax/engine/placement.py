@@ -96,11 +96,15 @@ def use_cpu_devices(count: int | None = None) -> int:
     if count is not None and count < 1:
         raise ValueError(f"the CPU must be at least 1 device, got {count}")
     wanted = count or _num_cores()
-    # JAX refuses both this flag and its own setting.
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if not counts_cpu_devices():
         with contextlib.suppress(RuntimeError):  # JAX runs already
             jax.config.update("jax_num_cpu_devices", wanted)
     return len(jax.local_devices())
+
+
+def counts_cpu_devices() -> bool:
+    """Returns whether a flag of XLA says how many devices a CPU is: JAX refuses its own beside."""
+    return "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
 
 
 def make_mesh(
@@ -275,13 +279,7 @@ class Placement:
 
     def placed(self, tree: Any, params: Params) -> Any:
         """Returns the tree with its leaves where `specs` says."""
-        if self.mesh is None:
-            return tree
-        if not self.is_there:
-            return self.shapes(tree, params)
-        if not self.spans_processes:
-            return jax.device_put(tree, self.shardings(tree, params))
-        return jax.tree.map(_enter, tree, self.shardings(tree, params))
+        return tree if self.mesh is None else self._put(tree, self.shardings(tree, params))
 
     def shapes(self, tree: Any, params: Params) -> Any:
         """Returns shapes, with shardings where there is a mesh: what stands for `placed`."""
@@ -298,11 +296,7 @@ class Placement:
         if self.mesh is None:
             return tree
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        if not self.is_there:
-            return jax.tree.map(lambda leaf: _shape(leaf, everywhere), tree)
-        if not self.spans_processes:
-            return jax.device_put(tree, everywhere)
-        return jax.tree.map(lambda leaf: _enter(leaf, everywhere), tree)
+        return self._put(tree, jax.tree.map(lambda _: everywhere, tree))
 
     def constrained(self, tree: Any, params: Params) -> Any:
         """Returns a traced tree whose leaves are put where `specs` says."""
@@ -322,16 +316,11 @@ class Placement:
 
         It has no path, so a large one is split along its largest axis.
         """
-        if self.split == 1 or array.size < LARGE or self.mesh is None:
+        large = self.split > 1 and array.size >= LARGE
+        axis = _largest_axis(array.shape, self.split) if large else None
+        if self.mesh is None or axis is None:
             return array if self.is_there else self.replicated(array)
-        axes = [i for i, n in enumerate(array.shape) if n % self.split == 0]
-        if not axes:
-            return array if self.is_there else self.replicated(array)
-        axis = max(axes, key=lambda i: array.shape[i])
-        where = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, MODEL))
-        if not self.is_there:
-            return _shape(array, where)
-        return _enter(array, where) if self.spans_processes else jax.device_put(array, where)
+        return self._put(array, NamedSharding(self.mesh, PartitionSpec(*[None] * axis, MODEL)))
 
     def client_data(self, data: ClientData) -> ClientData:
         """Returns the clients' data on the devices, for `take`.
@@ -430,6 +419,14 @@ class Placement:
 
         return evaluate
 
+    def _put(self, tree: Any, shardings: Any) -> Any:
+        """Returns the tree with its leaves where a tree of shardings says."""
+        if not self.is_there:
+            return jax.tree.map(_shape, tree, shardings)
+        if not self.spans_processes:
+            return jax.device_put(tree, shardings)
+        return jax.tree.map(_enter, tree, shardings)
+
     def _layout_of(self, params: Params) -> dict[str, tuple[tuple[int, ...], PartitionSpec]]:
         """Returns the shape and the spec of each param that is split, by its path."""
         chosen = (self.layout or by_largest_axis)(params, self.split)
@@ -462,11 +459,15 @@ def by_largest_axis(params: Params, size: int) -> Any:
 
     def axis(path: Any, leaf: Any) -> int | None:
         first = int(perturbations.is_stacked(keys.path_name(path)))
-        fitting = [i for i in range(first, leaf.ndim) if leaf.shape[i] % size == 0]
-        matrix = leaf.ndim - first > 1
-        return max(fitting, key=lambda i: leaf.shape[i]) if matrix and fitting else None
+        return _largest_axis(leaf.shape, size, first) if leaf.ndim - first > 1 else None
 
     return jax.tree_util.tree_map_with_path(axis, params)
+
+
+def _largest_axis(shape: Sequence[int], size: int, first: int = 0) -> int | None:
+    """Returns the largest axis from `first` on that `size` divides, None if there is none."""
+    fitting = [i for i in range(first, len(shape)) if shape[i] % size == 0]
+    return max(fitting, key=lambda i: shape[i], default=None)
 
 
 def own_copy(tree: Any) -> Any:
