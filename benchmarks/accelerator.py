@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import measuring
 from zofl_jax.data import cache
+from zofl_jax.data.text import SCORED
 
 ROOT = Path(__file__).parent.parent
-REPEATS = 5
 SMOLLM2_ROUNDS = 1000
 
 
@@ -129,22 +129,27 @@ def rows(smoke: bool) -> list[Row]:
 
 
 def _round(config: str, variant: str, goal: str, smoke: bool) -> Row:
-    def command(folder: Path) -> list[str]:
-        flags = [f"--config={config}", f"--variant={variant}", f"--out={folder / 'found.json'}"]
-        return ["-m", "benchmarks.round", *flags, *_sizes(smoke)]
-
-    return Row(f"round {config} {variant}", goal, 120, command, _json)
+    flags = (f"--config={config}", f"--variant={variant}")
+    return Row(f"round {config} {variant}", goal, 120, _benchmark("round", flags, smoke), _json)
 
 
 def _pytorch(config: str, variants: str, smoke: bool) -> Row:
-    def command(folder: Path) -> list[str]:
-        flags = [f"--config={config}", f"--variants={variants}", f"--out={folder / 'found.json'}"]
-        return ["-m", "benchmarks.compare_pytorch", *flags, *_sizes(smoke)]
+    flags = (f"--config={config}", f"--variants={variants}")
+    command = _benchmark("compare_pytorch", flags, smoke)
 
     def ready() -> bool:
         return importlib.util.find_spec("torch") is not None
 
-    return Row(f"PyTorch {config}", ">= 100 times the authors' form", 120, command, _json, ready)
+    goal = ">= 100 times the authors' form"
+    return Row(f"PyTorch {config}", goal, 120, command, _json, ready)
+
+
+def _benchmark(name: str, flags: Sequence[str], smoke: bool) -> Callable[[Path], Sequence[str]]:
+    """Returns the command of a benchmark whose result `_json` reads."""
+    size = "--smoke" if smoke else f"--repeats={measuring.LEAST_REPEATS}"
+    return lambda folder: [
+        *("-m", f"benchmarks.{name}", *flags, size, f"--out={folder / 'found.json'}")
+    ]
 
 
 def _smollm2(smoke: bool) -> Row:
@@ -162,18 +167,15 @@ def _smollm2(smoke: bool) -> Row:
 
     def read(folder: Path) -> dict[str, Any]:
         summary = json.loads((folder / "run" / "summary.json").read_text())
-        names = ("rounds", "seconds_per_round", "compile_seconds", "device", "final")
-        return {name: summary[name] for name in names if name in summary}
+        names = ("rounds", "total_seconds", "seconds_per_round", "compile_seconds", "device")
+        return {name: summary[name] for name in (*names, "test_accuracy")}
 
     def ready() -> bool:
-        return cache.language_model().is_file()
+        texts = cache.reviews() / SCORED["reviews"].file
+        return cache.language_model().is_file() and texts.is_file()
 
     goal = "1,000 rounds in 3 minutes, compilation included"
     return Row("SmolLM2 reviews", goal, 200, command, read, ready)
-
-
-def _sizes(smoke: bool) -> list[str]:
-    return ["--smoke"] if smoke else [f"--repeats={max(REPEATS, measuring.LEAST_REPEATS)}"]
 
 
 def _json(folder: Path) -> dict[str, Any]:

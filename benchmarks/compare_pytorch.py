@@ -40,7 +40,7 @@ import torch
 from benchmarks import measuring, workloads
 from benchmarks.round import Rounds
 from benchmarks.workloads import LEARNING_RATE, SMOOTHING, Work
-from zofl_jax import keys, platforms
+from zofl_jax import keys
 from zofl_jax.engine import placement
 from zofl_jax.models import architectures
 from zofl_jax.tasks import tokens
@@ -308,7 +308,7 @@ def compare(
     if not lean:
         forms.pop("lean", None)
     ours = [
-        Rounds(workloads.simulator(_in_form(work, variant), variant, devices, prng_impl))
+        Rounds(workloads.simulator(workloads.in_form(work, variant), variant, devices, prng_impl))
         for variant in variants
     ]
     jobs: list[Callable[[], Any]] = [*forms.values(), *ours]
@@ -335,14 +335,6 @@ def compare(
     if "replay" in theirs:
         result["population"] = populated(work, theirs, rounds)
     return result
-
-
-def _in_form(work: Work, variant: str) -> Work:
-    """Returns the work as our round does it on this device; the batches are PyTorch's too."""
-    platform = platforms.current().platform
-    if platform == "cpu":
-        return work
-    return workloads.on_accelerator(work._replace(clients_at_once=None), variant, platform)
 
 
 def torch_forms(work: Work, device: str = "cpu") -> dict[str, Callable[[], Any]]:

@@ -170,13 +170,15 @@ CONFIGS: dict[str, Callable[..., Work]] = {
 
 def work_of(config: str, variant: str, smoke: bool = False) -> Work:
     """Returns the work of a config in the form that suits JAX's default device."""
+    accelerator = platforms.current().platform != "cpu"
+    return in_form(CONFIGS[config](smoke=smoke, accelerator=accelerator), variant)
+
+
+def in_form(work: Work, variant: str) -> Work:
+    """Returns the work with as many models at once as the library takes on the current target."""
     platform = platforms.current().platform
-    work = CONFIGS[config](smoke=smoke, accelerator=platform != "cpu")
-    return work if platform == "cpu" else on_accelerator(work, variant, platform)
-
-
-def on_accelerator(work: Work, variant: str, platform: str) -> Work:
-    """Returns the work with as many models at once as the library would take there."""
+    if platform == "cpu":
+        return work
     shapes = jax.eval_shape(work.task.init, jax.random.key(0))
     tokens = work.task.test["tokens"].shape[1] if work.architecture else 1
     at_once = batching.models_at_once(
@@ -186,7 +188,7 @@ def on_accelerator(work: Work, variant: str, platform: str) -> Work:
         count=work.num_perturbations,
         shared=variant == "low_rank",
     )
-    return work._replace(perturbations_at_once=at_once)
+    return work._replace(clients_at_once=None, perturbations_at_once=at_once)
 
 
 def image_task(model: Any, count: int, clients: int, shape: tuple[int, ...]) -> Task:
