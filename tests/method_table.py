@@ -31,7 +31,14 @@ from zofl_jax.algorithms import (
 )
 from zofl_jax.algorithms.step_rules import normalized, radazo, second_moment
 from zofl_jax.conditions import aggregation, privacy
-from zofl_jax.conditions.compression import compressed, floats, integers, signs, top_k
+from zofl_jax.conditions.compression import (
+    compressed,
+    compressed_broadcast,
+    floats,
+    integers,
+    signs,
+    top_k,
+)
 from zofl_jax.core import Algorithm, Batch, LossFn, Params, Task
 from zofl_jax.directions import estimators, perturbations, scaling
 
@@ -109,6 +116,19 @@ SCALAR = {
         ),
         rate=0.01,
     ),
+    "decomfl, directions of an example each": Method(
+        lambda loss, rate: decomfl(
+            loss, estimators.forward_difference(32, 1e-3, groups=16), optax.sgd(rate)
+        ),
+        rate=0.05,
+    ),
+    "decomfl in int8 both ways": Method(
+        lambda loss, rate: compressed_broadcast(
+            compressed(decomfl(loss, _central(), optax.sgd(rate)), integers(8)),
+            integers(8, stochastic=False),
+        ),
+        rate=0.05,
+    ),
     "decomfl, projections on Rademacher directions": Method(
         lambda loss, rate: decomfl(
             loss, estimators.projection(10, perturbations.rademacher()), optax.sgd(rate)
@@ -182,6 +202,10 @@ DENSE = {
     ),
     "fedadagrad": Method(
         lambda loss, rate: fedadagrad(loss, optax.sgd(rate), 0.1, local_steps=3),
+        rate=0.1,
+    ),
+    "fedavg, broadcast in bfloat16": Method(
+        lambda loss, rate: compressed_broadcast(_fedavg(loss, rate), floats(jnp.bfloat16)),
         rate=0.1,
     ),
     "hybrid": Method(

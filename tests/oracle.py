@@ -88,6 +88,10 @@ def projection(f: Objective, x: Tree, z: Tree, batch: Batch, mu: float) -> float
     return sum(float(np.sum(gradient[name] * z[name])) for name in x)
 
 
+def _part(batch: Batch, group: int, groups: int) -> Batch:
+    return {name: np.split(x, groups)[group] for name, x in batch.items()}
+
+
 def _moved(x: Tree, z: Tree, distance: float) -> Tree:
     return {name: x[name] + distance * z[name] for name in x}
 
@@ -159,6 +163,7 @@ class Agreement(NamedTuple):
     shapes: dict[str, tuple[int, ...]]  # of the params, in the order they are sent
     dtype: np.dtype  # of numbers on the wire
     weighted: bool = False
+    groups: int = 1  # of a batch, whose directions are p = group, group + groups, ...
 
 
 class Channel:
@@ -247,9 +252,8 @@ class Client:
         for k in range(steps):
             for p in range(directions):
                 z = self.agreement.direction(self.seed, k, p)
-                scalars[k, p] = self.agreement.scalar(
-                    self.objective, local.params, z, batches[k], mu
-                )
+                own = _part(batches[k], p % self.agreement.groups, self.agreement.groups)
+                scalars[k, p] = self.agreement.scalar(self.objective, local.params, z, own, mu)
             local.descend(self.seed, k, scalars[k])
         message = scalars.astype(self.agreement.dtype).tobytes()
         return message + struct.pack("<I", self.num_examples) * self.agreement.weighted

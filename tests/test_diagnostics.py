@@ -164,6 +164,24 @@ def test_the_variance_across_clients():
     assert diagnostics.client_variance(TASK.loss, PARAMS, alike) < 1e-10
 
 
+def test_the_noise_scale_of_examples():
+    """That of the examples' own gradients, from forward passes alone, within 4 of its errors."""
+    random = np.random.default_rng(0)
+    slopes = (0.4 + random.normal(size=(32, 400))).astype(np.float32)
+    mean, variance = slopes.mean(0), slopes.var(0, ddof=1).sum()
+    exact = variance / (np.sum(mean**2) - variance / 32)
+
+    def linear(x, batch):
+        return jnp.mean(batch @ x)
+
+    found = diagnostics.noise_scale(
+        linear, jnp.zeros(400), slopes, jax.random.key(1), num_directions=200
+    )
+    assert abs(float(found) / exact - 1) < 4 * (2 / 200) ** 0.5
+    with pytest.raises(ValueError, match="two examples or more, got 1"):
+        diagnostics.noise_scale(linear, jnp.zeros(400), slopes[:1], jax.random.key(1))
+
+
 def test_a_diagnosis_of_a_task():
     algorithm = descent(4, local_steps=2)
     diagnose = diagnostics.make_diagnose(algorithm, TASK, 2)

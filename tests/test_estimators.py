@@ -199,6 +199,66 @@ def test_smoothing_follows_its_schedule():
     np.testing.assert_allclose(measured, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("perturbation", ["gaussian", "low_rank"])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_group_of_examples_has_directions_of_its_own(x64, name, perturbation):
+    """Scalar p is that of group p mod G, as it is measured without groups; so is the mean loss.
+
+    The second round of directions is evaluated apart, in chunks of 3, where they share a product.
+    """
+    groups, count, batch = 4, 8, logistic_data()
+    params = {"w": jnp.array([[0.5], [-1.0], [0.2], [1.5]]), "b": jnp.array(0.3)}
+    chosen = {"gaussian": perturbations.gaussian(), "low_rank": perturbations.low_rank()}
+
+    def loss(x, batch):
+        return logistic({"w": x["w"][:, 0], "b": x["b"]}, batch)
+
+    options = {"perturbation": chosen[perturbation]}
+    if name in DIFFERENCES and perturbation == "low_rank":
+        options["perturbations_at_once"] = 3
+    found = measure(ESTIMATORS[name](count, groups=groups, **options), loss, params, batch)
+    losses = []
+    for group in range(groups):
+        own = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:])[group], batch)  # noqa: B023
+        alone = measure(ESTIMATORS[name](count, **options), loss, params, own)
+        np.testing.assert_allclose(
+            found.scalars[group::groups], alone.scalars[group::groups], rtol=1e-9
+        )
+        central = name == "central_difference"  # whose loss is the mean around the params
+        losses.append(loss(params, own) if central else alone.loss)
+    np.testing.assert_allclose(found.loss, np.mean(losses), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_the_error_of_directions_with_examples_of_their_own(size):
+    """E ‖ĝ − ∇f‖² = (d + 1) / P · (‖∇f‖² + the variance of the mean gradient of m examples).
+
+    So 32 directions of one example each, 32 example-passes a side, have an eighth of the error of
+    two directions of all 16 where the examples agree, and more where they do not.
+    """
+    batch = {"slope": 0.5 + np.random.default_rng(3).normal(size=(16, 5)).astype(np.float32)}
+
+    def linear(x, batch):
+        return jnp.mean(batch["slope"] @ x)
+
+    groups = 16 // size
+    count = 32 // size
+    estimator = estimators.projection(count, groups=groups)
+    estimates = gradient_estimates(estimator, linear, jnp.zeros(5), batch)
+    errors = np.sum((np.asarray(estimates, np.float64) - batch["slope"].mean(0)) ** 2, axis=1)
+    own = batch["slope"].reshape(groups, size, 5).mean(1)
+    expected = (5 + 1) / count * np.mean(np.sum(own.astype(np.float64) ** 2, axis=1))
+    assert abs(errors.mean() - expected) < 5 * errors.std() / SAMPLES**0.5
+    assert errors.std() / SAMPLES**0.5 < 0.02 * expected
+
+
+def test_groups_that_do_not_come_out_are_refused():
+    with pytest.raises(ValueError, match=r"must be a multiple of the groups .* got 5 and 2"):
+        estimators.projection(5, groups=2)
+    with pytest.raises(ValueError, match="16 examples can't be shared out to 3 groups"):
+        measure(estimators.projection(3, groups=3), logistic, PARAMS, logistic_data())
+
+
 @pytest.mark.parametrize("num_perturbations", [1, 4])
 @pytest.mark.parametrize(
     ("name", "evaluations"),
@@ -221,6 +281,23 @@ def test_no_evaluation_is_wasted(name, evaluations, num_perturbations):
     jax.block_until_ready(measure(estimator, counted, PARAMS, logistic_data()))
     jax.effects_barrier()
     assert len(count) == evaluations(num_perturbations)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_no_example_is_evaluated_in_vain(name):
+    """With groups of two of 16 examples, 24 directions take three times the batch a side."""
+    count = []
+
+    def counted(x, batch):
+        jax.debug.callback(lambda signs: count.append(signs.size), batch["sign"])
+        return logistic(x, batch)
+
+    estimator = ESTIMATORS[name](24, groups=8)
+    jax.block_until_ready(measure(estimator, counted, PARAMS, logistic_data()))
+    jax.effects_barrier()
+    # Forward mode carries a tangent along, which counts as a pass of its own.
+    carried = 2 if name == "forward_gradient" else 1
+    assert carried * sum(count) == 16 * estimator.passes.forward
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -81,6 +81,29 @@ def test_compressed_uploads_are_counted_as_they_are_sent(codec, expected):
     assert ledger.tree_bytes(messages.upload) == expected
 
 
+@pytest.mark.parametrize(
+    ("codec", "expected"),
+    [("float16", 36), ("bfloat16", 36), ("int8", 18 + 8), ("int4", 2 + 8 + 8)],
+)
+def test_compressed_broadcasts_are_counted_as_they_are_sent(codec, expected):
+    """18 numbers in two leaves, each with a scale of its own; uploads stay as they are."""
+    _, messages = shapes("--algorithm=fedavg", f"--broadcast_compression={codec}")
+    assert ledger.tree_bytes(messages.broadcast) == expected
+    assert ledger.tree_bytes(messages.upload) == 4 * 18
+
+
+def test_directions_of_few_examples_are_as_many_as_come_out():
+    """Of 20 by default, the next multiple of the 32 groups; at a rate for their noise."""
+    config = resolve("--examples_per_direction=1")
+    assert (config.groups, config.num_perturbations) == (32, 32)
+    whole = resolve("--num_perturbations=32")
+    assert whole.groups == 1
+    assert config.learning_rate < whole.learning_rate
+    assert resolve("--examples_per_direction=32") == whole.replace(
+        examples_per_direction=32, num_perturbations=20, learning_rate=resolve().learning_rate
+    )
+
+
 @pytest.mark.parametrize("codec", ["float16", "int8"])
 def test_the_scalars_of_fedkseed_are_compressed_and_their_seeds_are_not(codec):
     arguments = ["--algorithm=fedkseed", "--local_steps=10", f"--compression={codec}"]
@@ -238,6 +261,26 @@ def test_defaults_follow_the_algorithm_unless_they_are_given():
             "--matmul_dtype has no effect with --task=digits, it is for texts",
         ),
         (["--task=quadratic", "--train_examples=9"], "with --task=quadratic, it is for texts"),
+        (["--examples_per_direction=5"], "does not divide --batch_size=32: take a divisor"),
+        (
+            ["--examples_per_direction=2", "--num_perturbations=20"],
+            "=2 makes 16 groups of --batch_size=32, and 20 directions .* be a multiple of 16",
+        ),
+        (
+            ["--examples_per_direction=2", "--num_perturbations=16", "--schedule=5:P=1.5"],
+            "and 24 directions can't be shared out to them",
+        ),
+        (
+            ["--examples_per_direction=1", "--algorithm=fedkseed"],
+            "is not possible with --algorithm=fedkseed, which measures along 1",
+        ),
+        (["--examples_per_direction=1", "--dp=example"], "not possible with --dp=example"),
+        (["--examples_per_direction=1", "--objective=f1"], "=f1, which is no mean over examples"),
+        (["--examples_per_direction=1", "--algorithm=ferret"], "no effect with --algorithm=ferret"),
+        (
+            ["--algorithm=feedsign", "--broadcast_compression=int8"],
+            "not possible with --algorithm=feedsign, whose broadcasts are no numbers",
+        ),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(arguments, message):

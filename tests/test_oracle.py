@@ -151,6 +151,7 @@ def agree(
     smoothing: Callable[[int], float] = lambda r: MU,
     perturbation: perturbations.Perturbation = GAUSSIAN,
     weighted: bool = False,
+    groups: int = 1,
 ) -> oracle.Agreement:
     like = simulator.task.init(simulator.root.init)
     impl = str(jax.random.key_impl(simulator.root.shared))
@@ -172,6 +173,7 @@ def agree(
         shapes={name: x.shape for name, x in like.items()},
         dtype=jax.tree.leaves(like)[0].dtype,
         weighted=weighted,
+        groups=groups,
     )
 
 
@@ -248,6 +250,18 @@ def test_rounds_agree_in_float64(x64, name, num_perturbations, local_steps):
         oracle_sgd(),
         num_perturbations=num_perturbations,
         local_steps=local_steps,
+    )
+    assert_agreement(simulator, agreement, oracle.softmax_regression())
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_groups_of_examples_with_directions_of_their_own_agree(x64, name):
+    make_estimator, scalar = ESTIMATORS[name]
+    groups = BATCH_SIZE // 2
+    count = 2 * groups
+    simulator = make_softmax_simulator(make_estimator(count, groups=groups), sgd(), 2)
+    agreement = agree(
+        simulator, scalar, oracle_sgd(), num_perturbations=count, local_steps=2, groups=groups
     )
     assert_agreement(simulator, agreement, oracle.softmax_regression())
 

@@ -289,7 +289,7 @@ METHOD = Method(
     defaults={"momentum": 0.0},
     reads=(
         *("estimator", "perturbation", "rank", "num_perturbations", "smoothing"),
-        "perturbations_at_once",
+        *("perturbations_at_once", "examples_per_direction"),
     ),
     noise=lambda options, num_perturbations, local_steps: 1.0,
 )

@@ -126,6 +126,12 @@ def example_level(
     deviation = noise_multiplier * clip / batch_size
 
     def private(estimator: Estimator) -> Estimator:
+        if estimator.groups > 1:
+            raise ValueError(
+                f"an example's scalars are those along all directions, and this estimator has "
+                f"{estimator.groups} groups of examples with directions of their own: take 1"
+            )
+
         def measure(
             loss_fn: LossFn, key: PRNGKey, round_index: Array, params: Params, step: _Step
         ) -> Estimate:

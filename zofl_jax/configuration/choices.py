@@ -14,6 +14,7 @@ AUTHORS = "500:lr=0.8,P=2;1000:lr=0.5,P=4;2000:lr=0.3,P=8"
 """The schedule of the authors of DeComFL."""
 
 CODECS = ("none", "float16", "bfloat16", "int8", "int4", "qsgd", "top_k", "sign")
+BROADCAST_CODECS = ("none", "float16", "bfloat16", "int8", "int4")
 AGGREGATORS = (
     "mean",
     "median",

@@ -130,6 +130,12 @@ class Directions:
     smoothing: float = setting(
         1e-3, "μ, the length of a perturbation in units of z.", within=positive()
     )
+    examples_per_direction: int = setting(
+        0,
+        "Examples of a batch that a direction is measured on, each group of so many with "
+        "directions of its own; 0 for the whole batch.",
+        least=0,
+    )
     mask: str = setting(
         "none",
         "Perturb some params alone: random ones, the smallest, or those that the loss of a "
@@ -141,7 +147,7 @@ class Directions:
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """Compression of uploads."""
+    """Compression of messages."""
 
     compression: str = setting(
         "none",
@@ -149,6 +155,11 @@ class Compression:
         "norm for 512 numbers, top_k and sign with error feedback where uploads are like the "
         "params.",
         choices=choices.CODECS,
+    )
+    broadcast_compression: str = setting(
+        "none",
+        "What the server's broadcasts are written as, rounded to the nearest.",
+        choices=choices.BROADCAST_CODECS,
     )
     top_k_fraction: float = setting(0.01, "Share of an upload that top_k sends.")
     stochastic_rounding: bool = setting(
@@ -357,6 +368,11 @@ class Config(
     def method(self) -> Method:
         """What the method says of itself."""
         return METHODS[self.algorithm]
+
+    @property
+    def groups(self) -> int:
+        """How many groups of a batch's examples have directions of their own."""
+        return max(1, self.batch_size // (self.examples_per_direction or self.batch_size))
 
     @property
     def kind(self) -> str:

@@ -343,13 +343,16 @@ def for_devices(
         params = jax.eval_shape(task.init, root.init)
         clients = config.clients_at_once or config.clients_per_round
         tokens = task.test["tokens"].shape[1] if config.kind == "texts" else 1
+        shared, groups = config.perturbation == "low_rank", config.groups
         at_once = batching.models_at_once(
             where.platform,
-            rows=clients * config.batch_size * tokens,
+            rows=clients * config.batch_size * tokens // groups,
             params=sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
             count=config.num_perturbations,
-            shared=config.perturbation == "low_rank",
+            shared=shared,
         )
+        if shared:  # a pass over the batch at least
+            at_once = max(at_once, groups)
         config = config.replace(perturbations_at_once=at_once)
     return config
 

@@ -71,12 +71,12 @@ def build_phases(config: Config, task: Task) -> list[Phase]:
 
         guarded = wrapping.guarded(config, wrapping.make_private(config, make))
         sent = wrapping.compressed(config, guarded)
-        return wrapping.with_late_uploads(config, sent)
+        return wrapping.compressed_broadcast(config, wrapping.with_late_uploads(config, sent))
 
     phases: list[Phase] = []
     previous = 0
     for change in changes:
-        count = max(1, round(config.num_perturbations * change.num_perturbations))
+        count = schedules.directions(config, change)
         if count != previous:
             phases.append(Phase(change.first_round, algorithm(count)))
         previous = count
@@ -110,11 +110,11 @@ def _masked(optimizer: ClientOptimizer, mask: Params) -> ClientOptimizer:
 def _estimator(
     config: Config, count: int, smoothing: optax.Schedule, perturbation: Perturbation
 ) -> Estimator:
-    at_once = config.clients_at_once or None
+    at_once, groups = config.clients_at_once or None, config.groups
     if config.estimator == "projection":
-        return estimators.projection(count, perturbation, at_once)
+        return estimators.projection(count, perturbation, at_once, groups)
     if config.estimator == "jvp":
-        return estimators.forward_gradient(count, perturbation, at_once)
+        return estimators.forward_gradient(count, perturbation, at_once, groups)
     kinds = {"forward": estimators.forward_difference, "central": estimators.central_difference}
     together = config.perturbations_at_once or None
-    return kinds[config.estimator](count, smoothing, perturbation, at_once, together)
+    return kinds[config.estimator](count, smoothing, perturbation, at_once, together, groups)

@@ -8,6 +8,7 @@ other settings (the model, the learning rate ...), and all checks.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -56,9 +57,9 @@ fedkseed or fedkseed_pro
     }
     config = _filled_in(_layered(values))
     needs.check(config, shared)
-    for check in (_check_method, _check_cohort, _check_adversity, _check_sums, _check_privacy):
+    checks = (_check_method, _check_cohort, _check_adversity, _check_sums, _check_privacy)
+    for check in (*checks, _check_schedule, _check_groups):
         check(config)
-    _check_schedule(config)
     if config.learning_rate is None:
         config = config.replace(learning_rate=rates.default(config))
     return config
@@ -119,6 +120,10 @@ def _filled_in(config: Config) -> Config:
         config = config.replace(clients_at_once=0)
     elif config.clients_at_once is None and not of_device:
         config = config.replace(clients_at_once=0)
+    if "num_perturbations" not in config.given | set(config.method.fixed):
+        # As many as there are by default, or a few more: the groups of a batch have equal shares.
+        count = math.ceil(config.num_perturbations / config.groups) * config.groups
+        config = config.replace(num_perturbations=count)
     if config.attack_size is None:
         config = config.replace(attack_size=choices.ATTACK_SIZES.get(config.attack))
     return config
@@ -215,6 +220,41 @@ def _check_method(config: Config) -> None:
             raise ValueError(_refused(config, name, refusal))
 
 
+def _check_groups(config: Config) -> None:
+    """Checks that a batch can be shared out to groups, and directions to them."""
+    size = config.examples_per_direction
+    given = f"--examples_per_direction={size}"
+    if not size:
+        return
+    if config.batch_size % size:
+        raise ValueError(
+            f"{given} does not divide --batch_size={config.batch_size}: take a divisor"
+        )
+    if "num_perturbations" in config.method.fixed:
+        raise ValueError(
+            f"{given} is not possible with --algorithm={config.algorithm}, which measures along "
+            f"{config.num_perturbations}: leave it out"
+        )
+    if config.dp == "example":
+        raise ValueError(
+            f"{given} is not possible with --dp=example, which clips an example's scalars along "
+            "all directions: leave one of them out"
+        )
+    if config.objective == "f1":
+        raise ValueError(
+            f"{given} is not possible with --objective=f1, which is no mean over examples: leave "
+            "it out"
+        )
+    for change in schedules.parse_schedule(config.schedule):
+        count = schedules.directions(config, change)
+        if count % config.groups:
+            raise ValueError(
+                f"{given} makes {config.groups} groups of --batch_size={config.batch_size}, and "
+                f"{count} directions can't be shared out to them: let --num_perturbations be a "
+                f"multiple of {config.groups}"
+            )
+
+
 def _refused(config: Config, name: str, refusal: Refusal) -> str:
     return (
         f"--{name}={config.get(name)} is not possible with --algorithm={config.algorithm}, "
@@ -248,6 +288,9 @@ def _check_adversity(config: Config) -> None:
     if changed and not messages.upload(config).numbers:
         refusal = Refusal("whose uploads are no numbers")
         raise ValueError(_refused(config, changed[0], refusal))
+    if config.broadcast_compression != "none" and not messages.upload(config).numbers:
+        refusal = Refusal("whose broadcasts are no numbers")
+        raise ValueError(_refused(config, "broadcast_compression", refusal))
     if config.late_weight and config.get("step_rule") != step_rules.PLAIN:
         raise ValueError(
             f"--late_weight={config.late_weight} is not possible with "

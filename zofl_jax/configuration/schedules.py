@@ -58,6 +58,11 @@ def parse_schedule(text: str) -> list[Change]:
     return changes
 
 
+def directions(config: Config, change: Change) -> int:
+    """Returns P from a change on."""
+    return max(1, round(config.num_perturbations * change.num_perturbations))
+
+
 def changing(changes: Sequence[Change], field: str) -> bool:
     """Returns whether a schedule changes a field of `Change`."""
     return any(getattr(change, field) != 1 for change in changes)

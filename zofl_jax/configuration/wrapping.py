@@ -101,6 +101,19 @@ def compressed(config: Config, algorithm: Algorithm) -> Algorithm:
     return compression.compressed(algorithm, chosen, error_feedback=feedback)
 
 
+def compressed_broadcast(config: Config, algorithm: Algorithm) -> Algorithm:
+    """Returns the algorithm with its broadcasts written as `--broadcast_compression` says."""
+    codecs: dict[str, Callable[[], compression.Codec]] = {
+        "float16": lambda: compression.floats(jnp.float16),
+        "bfloat16": lambda: compression.floats(jnp.bfloat16),
+        "int8": lambda: compression.integers(8, stochastic=False),
+        "int4": lambda: compression.integers(4, stochastic=False),
+    }
+    if config.broadcast_compression == "none":
+        return algorithm
+    return compression.compressed_broadcast(algorithm, codecs[config.broadcast_compression]())
+
+
 def with_late_uploads(config: Config, algorithm: Algorithm) -> Algorithm:
     """Returns the algorithm that uses late uploads if `--late_weight` says so."""
     if not config.late_weight:

@@ -36,7 +36,8 @@ from zofl_jax.core import (
     ServerState,
     Task,
 )
-from zofl_jax.directions.estimators import inner
+from zofl_jax.directions.estimators import central_difference, inner
+from zofl_jax.directions.perturbations import Perturbation
 
 
 class Trace(NamedTuple):
@@ -200,6 +201,59 @@ def client_variance(loss_fn: LossFn, params: Params, batches: Batches) -> Array:
         return inner(difference, difference)
 
     return jnp.sum(jax.lax.map(distance, batches)) / count / inner(average, average)
+
+
+def noise_scale(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    *,
+    perturbation: Perturbation | None = None,
+    num_directions: int = 32,
+    smoothing: float = 1e-3,
+) -> Array:
+    """Returns σ² / ‖∇f‖², [], the noise of an example's gradient, by forward passes alone.
+
+    Of n examples' central differences along P directions, s²_p is the variance and ḡ_p the mean:
+
+        E s²_p = σ²,   E (ḡ_p² − s²_p / n) = ‖∇f‖²
+
+    so the ratio of their means over the directions is an estimate, off by about √(2 / P) of itself.
+    It is infinite where the examples' noise leaves nothing of the gradient: take more of them.
+
+    Args:
+      loss_fn: (params, batch) -> mean loss over examples.
+      params: a tree of arrays.
+      batch: n >= 2 examples.
+      key: draws the directions.
+      perturbation: the directions, Gaussian unless given.
+      num_directions: P >= 1.
+      smoothing: μ > 0.
+
+    Raises:
+      ValueError: for numbers out of range, or fewer than two examples.
+
+    Ref: McCandlish et al. 2018 (arXiv 1812.06162), the simple noise scale.
+
+    >>> f = lambda x, batch: jnp.mean(batch @ x)  # each example is its own gradient
+    >>> batch = 3.0 + jax.random.normal(jax.random.key(0), (64, 100))
+    >>> round(float(noise_scale(f, jnp.zeros(100), batch, jax.random.key(1))), 1)  # 1 / 9
+    0.1
+    """
+    count = jax.tree.leaves(batch)[0].shape[0]
+    if count < 2:
+        raise ValueError(f"a noise is that of two examples or more, got {count}")
+    singly = jax.tree.map(lambda x: x[:, None], batch)
+    estimator = central_difference(num_directions, smoothing, perturbation, perturbations_at_once=1)
+
+    def scalars(example: Batch) -> Array:
+        return estimator.measure(loss_fn, key, jnp.zeros((), jnp.int32), params, example).scalars
+
+    found = jax.vmap(scalars)(singly)
+    variance = jnp.var(found, axis=0, ddof=1)
+    signal = jnp.mean(jnp.square(jnp.mean(found, axis=0)) - variance / count)
+    return jnp.where(signal > 0, jnp.mean(variance) / signal, jnp.inf)
 
 
 def update_of(
