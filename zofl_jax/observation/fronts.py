@@ -235,12 +235,12 @@ def _held(axes: Axes, steps: Sequence[Step]) -> dict[str, Step]:
 def _ends(panel: Panel, names: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Returns cost and accuracy of the last points of methods, the most accurate first."""
     found: dict[str, tuple[float, float]] = {}
-    for name in names:
-        x, mean, _, _ = panel.curves.get(name, Curve(*[np.empty(0)] * 4))
-        shown = (x > 0) & np.isfinite(mean)
+    for name in panel.curves.keys() & set(names):
+        curve = panel.curves[name]
+        shown = (curve.x > 0) & np.isfinite(curve.mean)
         if shown.any():
-            found[name] = float(x[shown][-1]), float(mean[shown][-1])
-    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+            found[name] = float(curve.x[shown][-1]), float(curve.mean[shown][-1])
+    return dict(sorted(found.items(), key=lambda item: (-item[1][1], item[0])))
 
 
 def _widen(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
