@@ -18,13 +18,19 @@ from experiments.entry import UserError
 from zofl_jax.algorithms import METHODS
 from zofl_jax.configuration import choices
 from zofl_jax.configuration.config import everything
+from zofl_jax.observation.appearance import human_bytes, human_count
 
 FLAGFILES = Path(compare.__file__).parent / "flagfiles"
 FIRST = [
     *("algorithm", "seed", "learning_rate", "rounds_to_target", "bytes_up", "bytes_down"),
     *("forward_passes", "backward_passes", "seconds", "best_accuracy"),
 ]
-OF_A_WHOLE_RUN = {"best_test_accuracy": 1.0, "test_accuracy": 1.0, "rounds": 2, "memory_bytes": 8}
+OF_A_WHOLE_RUN = {
+    **{"best_test_accuracy": 1.0, "test_accuracy": 1.0, "rounds": 2, "memory_bytes": 8},
+    **{"num_clients": 2, "bytes_up_per_client": 10.0, "bytes_down_per_client": 120.0},
+    **{"forward_passes": 1, "backward_passes": 1, "run_seconds": 2.0},
+}
+BATCHES = comparison.Passes()
 FLAGS = """
 --task=digits
 --local_steps=1
@@ -99,6 +105,13 @@ def test_the_table_holds_what_the_runs_say(whole):
             assert int(row["rounds_to_target"]) == first["round"]
             for name in (*FIRST[4:8], "bytes_first_sync"):
                 assert int(row[name]) == first[name]
+        assert int(row["batch_size"]) == 32
+        for name in ("bytes_up", "bytes_down", "bytes_first_sync"):
+            assert int(row[f"run_{name}"]) == round(20 * summary[f"{name}_per_client"])
+        for name in ("forward_passes", "backward_passes"):
+            assert int(row[f"run_{name}"]) == summary[name]
+            tried = key[2] == 0  # for all rounds: trials are runs with the first seed
+            assert row[f"trial_{name}"] == (row[f"run_{name}"] if tried else "")
         if summary["best_test_accuracy"] is not None:
             assert float(row["best_accuracy"]) == summary["best_test_accuracy"]
     assert {("decomfl", 0.2), ("two-points", 0.2)} <= reached
@@ -150,12 +163,20 @@ def test_the_table_for_people_and_the_figures(whole):
     mean, deviation = np.mean(accuracies), np.std(accuracies, ddof=1)
     assert len(own) == 2 and cells[2] == f"{mean:.3f} ± {deviation:.3f}"
     assert "digits, softmax (650 params): 20 clients, 2 seeds; of 3 learning rates" in text
+    assert "In forward passes, a backward pass counts as two forward ones." in text
+    trials = [row for row in table_of(workdir) if row["algorithm"] == "two-points"]
+    trials = [row for row in trials if (row["target"], row["seed"]) == ("0.2", "0")]
+    sent = sum(int(row["trial_bytes_up"]) + int(row["trial_bytes_down"]) for row in trials)
+    computed = sum(int(row["trial_forward_passes"]) for row in trials)
+    assert len(trials) == 3
+    assert cells[-2:] == [human_bytes(sent), human_count(computed)]
+    assert text.index("In all rounds:") < text.index("To a test accuracy of 20 %:")
     lines = text[text.index("99 %") :].splitlines()
     unreachable = [line for line in lines if line.startswith(("| decomfl", "| two-points"))]
     assert len(unreachable) == 2
     for line in unreachable:
-        assert [cell.strip() for cell in line.strip("|").split("|")][3:10] == ["–"] * 7
-    for name in ("exchange", "rounds", "bytes", "forward_passes", "seconds"):
+        assert [cell.strip() for cell in line.strip("|").split("|")][3:11] == ["–"] * 8
+    for name in ("pareto", "exchange", "rounds", "seconds"):
         assert (workdir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -207,10 +228,128 @@ def test_rates_are_tried_for_a_share_of_the_rounds(commands):
     assert rounds == {(0.001, 0): 10, (0.05, 0): 30, (0.05, 1): 30}
     chosen = {(float(row["learning_rate"]), row["chosen"]) for row in table_of(workdir)}
     assert chosen == {(0.001, "0"), (0.05, "1")}
+    # Of the chosen rate the trial alone is tuning, not the rounds that came after it.
+    spent = {
+        (float(row["learning_rate"]), row["seed"]): (
+            row["run_forward_passes"],
+            row["trial_forward_passes"],
+        )
+        for row in table_of(workdir)
+    }
+    assert spent == {
+        (0.001, "0"): ("50", "50"),
+        (0.05, "0"): ("150", "50"),
+        (0.05, "1"): ("150", ""),
+    }
+    line = next(line for line in ended.out.splitlines() if line.startswith("| decomfl"))
+    assert line.strip("| ").split("|")[-1].strip() == "300"  # 100 of values, 100 of gradients
     before = (workdir / "table.csv").read_bytes()
     again = compared(commands)
     assert again.code == 0, again.err
     assert (workdir / "table.csv").read_bytes() == before
+
+
+BUDGET = """
+--task=digits
+--local_steps=1
+--num_perturbations=4
+--eval_every=5
+--method=decomfl --dropout=0.3
+--method=fedavg --batch_size=8
+--grid=1
+--seeds=2
+--targets=0.2
+--noprogress
+"""
+
+
+def test_runs_within_a_budget_spend_it_and_go_on_with_a_larger_one(commands):
+    (commands.folder / "compare.flags").write_text(BUDGET)
+
+    def within(amount, workdir):
+        flags = ("--flagfile=compare.flags", f"--budget=bytes:{amount}", f"--workdir={workdir}")
+        ended = commands.in_turn("compare", *flags)
+        assert ended.code == 0, ended.err
+        assert f"Within {human_bytes(amount)} up and down:" in ended.out
+        return table_of(commands.folder / workdir)
+
+    table = within(80_000, "one")
+    assert {row["seed"] for row in table} == {"0", "1"}
+    for row in table:
+        rounds, cohort = int(row["rounds"]), 5
+        spent = int(row["run_bytes_up"]) + int(row["run_bytes_down"])
+        model = 650 * 4 + 8
+        most = 2 * cohort * model if row["algorithm"] == "fedavg" else cohort * (model + 1000)
+        assert 80_000 - most < spent <= 80_000 and rounds > 5
+        assert row["trial_bytes_up"] == ""  # of one learning rate none was chosen
+        # A plain run of so many rounds.
+        folder = commands.folder / "one" / row["algorithm"]
+        (run,) = folder.glob(f"lr*-seed{row['seed']}")
+        assert json.loads((run / "flags.json").read_text())["rounds"] == rounds
+    within(160_000, "one")
+    at_once = within(160_000, "two")
+    gone_on = table_of(commands.folder / "one")
+    for row, other in zip(gone_on, at_once, strict=True):
+        assert int(row["rounds"]) > 10
+        for name in ("rounds", "final_accuracy", "run_bytes_up", "run_bytes_down"):
+            assert row[name] == other[name]
+    # A smaller one is told from the evaluations of the larger one.
+    again = within(80_000, "one")
+    for row, before in zip(again, table, strict=True):
+        assert int(row["rounds"]) == int(before["rounds"])
+        assert row["run_bytes_up"] == before["run_bytes_up"]
+
+
+def test_passes_of_batches_of_different_sizes_are_counted_by_example(commands):
+    (commands.folder / "compare.flags").write_text(BUDGET)
+    flags = ("--flagfile=compare.flags", "--backward_cost=1.5", "--workdir=all")
+    ended = commands.in_turn("compare", *flags, "--budget=example_passes:8000")
+    assert ended.code == 0, ended.err
+    rows = {row["algorithm"]: row for row in table_of(commands.folder / "all")}
+    # 5 clients: five values of 32 examples a round; one value and gradient of 8.
+    assert int(rows["decomfl"]["rounds"]) == 8000 // (5 * 5 * 32)
+    assert int(rows["fedavg"]["rounds"]) == 8000 // (5 * 2.5 * 8)
+    assert "Within 8 k forward passes of an example:" in ended.out
+    assert (
+        "| example-passes |" in ended.out and "a backward pass counts as 1.5 forward" in ended.out
+    )
+    wrong = commands.in_turn("compare", *flags, "--budget=passes:8000")
+    assert wrong.code == 1
+    assert "have batches of 8, 32 examples" in wrong.err and "give example_passes:" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--budget=hours:3"], "--budget: a budget is KIND:AMOUNT"),
+        (["--budget="], "--budget: a budget is KIND:AMOUNT"),
+        (["--budget=bytes:1e6", "--rounds=10"], "decomfl: --budget=bytes:1e6 says .* --rounds"),
+        (
+            ["--budget=bytes:100"],
+            "decomfl: --budget: 100 bytes up and down don't pay",
+        ),
+        (["--budget=passes:1e12"], "decomfl: --budget: .* more than 1,000,000 rounds"),
+        (["--backward_cost=inf"], "--backward_cost must be finite"),
+        (["--backward_cost=nan"], "--backward_cost must be finite"),
+    ],
+)
+def test_budgets_that_are_wrong(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with flagsaver.flagsaver():
+        compare.FLAGS(["compare", "--task=digits", "--method=decomfl", *flags])
+        with pytest.raises(UserError, match=message):
+            compare.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_with_a_budget_is_evaluated_forty_times_unless_told_otherwise():
+    with flagsaver.flagsaver():
+        compare.FLAGS(["compare", "--budget=rounds:600", "--task=digits"])
+        budget = compare.budgets.parse(compare.FLAGS.budget)
+        plain, told = parsed("decomfl", "often --algorithm=decomfl --eval_every=3")
+        every = [compare.within(budget, each, range(3)).config.eval_every for each in (plain, told)]
+        assert every == [15, 3]
+        assert compare.within(budget, plain, range(3)).rounds == {0: 600, 1: 600, 2: 600}
 
 
 def parsed(*lines, flagfile=None):
@@ -264,8 +403,8 @@ def test_the_figure_of_what_was_exchanged_leaves_out_the_first_model_in_one_pane
         row | {"round": i, "test_accuracy": i / 2, "forward_passes": 1, "backward_passes": 0}
         for i, row in enumerate(rows, start=1)
     ]
-    run = comparison.Result("m", 0, 0.1, {"history": rows, "history_seconds": [1.0, 2.0]})
-    figure = comparison.figures([run], {"m": 0.1}, [0.9], "m")["exchange.png"]
+    run = comparison.Result("m", 0, 0.1, {"history": rows, "history_seconds": [1.0, 2.0]}, 32)
+    figure = comparison.figures([run], {"m": 0.1}, [0.9], "m", BATCHES)["exchange.png"]
     drawn = {axes.get_xlabel(): axes.lines[0].get_xdata().tolist() for axes in figure.axes}
     assert drawn == {
         "sent, all clients": [10, 20],
@@ -275,12 +414,33 @@ def test_the_figure_of_what_was_exchanged_leaves_out_the_first_model_in_one_pane
     # Summaries of earlier versions don't tell the first model.
     for row in rows:
         del row["bytes_first_sync"]
-    figure = comparison.figures([run], {"m": 0.1}, [0.9], "m")["exchange.png"]
+    figure = comparison.figures([run], {"m": 0.1}, [0.9], "m", BATCHES)["exchange.png"]
     assert [len(axes.lines[0].get_xdata()) for axes in figure.axes] == [2, 2, 0]
     assert comparison.cost_to(run, 0.9)["bytes_first_sync"] is None
     table = comparison.rows([run._replace(summary=run.summary | OF_A_WHOLE_RUN)], {"m": 0.1}, [0.9])
-    cells = comparison.as_markdown(table, {}, "").splitlines()[-1].split("|")
-    assert [cell.strip() for cell in cells[5:8]] == ["20 B", "240 B", "–"]
+    lines = comparison.as_markdown(table, {}, "", BATCHES).splitlines()
+    for line in (line for line in lines if line.startswith("| m ")):
+        assert [cell.strip() for cell in line.split("|")[5:8]] == ["20 B", "240 B", "–"]
+
+
+def test_bytes_and_passes_stand_side_by_side_in_one_figure():
+    def run(name, batch_size, passes):
+        row = {"round": 1, "test_accuracy": 0.5, "bytes_up": 10, "bytes_down": 20}
+        row |= {"bytes_first_sync": 5, "forward_passes": passes[0], "backward_passes": passes[1]}
+        summary = {"history": [row], "history_seconds": [1.0]}
+        return comparison.Result(name, 0, 0.1, summary, batch_size)
+
+    runs = [run("few", 8, (10, 10)), run("many", 32, (50, 0))]
+    for counted, costs in (
+        (BATCHES, [30, 50]),
+        (comparison.Passes(1.0, by_example=True), [160, 1600]),
+    ):
+        found = comparison.figures(runs, {"few": 0.1, "many": 0.1}, [], "m", counted)["pareto.png"]
+        bytes_spent, computed = found.axes
+        assert [line.get_xdata()[0] for line in bytes_spent.lines[:2]] == [30, 30]
+        assert [line.get_xdata()[0] for line in computed.lines[:2]] == costs
+        unit = "example-passes" if counted.by_example else "forward passes"
+        assert computed.get_xlabel().startswith(unit)
 
 
 def test_methods_have_flags_of_their_own_and_share_the_rest():
@@ -327,7 +487,8 @@ def test_methods_that_are_wrong(lines, message):
 def result(rate, accuracies, diverged=False):
     history = [{"round": i, "test_accuracy": a} for i, a in enumerate(accuracies)]
     summary = {"history": history, "best_test_accuracy": max(accuracies, default=None)}
-    return comparison.Result("m", 0, rate, summary | ({"diverged_round": 3} if diverged else {}))
+    diverging = {"diverged_round": 3} if diverged else {}
+    return comparison.Result("m", 0, rate, summary | diverging, 32)
 
 
 def test_the_best_rate_is_the_most_accurate_then_the_quickest_that_did_not_diverge():

@@ -65,27 +65,6 @@ def test_accuracy_against_bytes():
     assert legend(figure) == ["this run: 76 kB", "the model exchanged in as many rounds: 190 MB"]
 
 
-def test_panels_share_methods_and_accuracies():
-    half = np.array([0.4, 0.5])
-    curves = {
-        name: plots.Curve(np.array([0.0, cost]), half, half - 0.1, half + 0.1)
-        for name, cost in (("few", 1e3), ("many", 1e6))
-    }
-    twice = {name: curve._replace(x=2 * curve.x) for name, curve in curves.items()}
-    figure = plots.comparison_panels(
-        {"sent": curves, "received": twice}, "digits", [0.45], plots.human_bytes
-    )
-    rendered(figure)
-    assert [axes.get_xlabel() for axes in figure.axes] == ["sent", "received"]
-    # Points without cost aren't drawn; the last line of a panel is the target.
-    found = [[line.get_xdata().tolist() for line in axes.lines[:-1]] for axes in figure.axes]
-    assert found == [[[1e3], [1e6]], [[2e3], [2e6]]]
-    assert {axes.get_ylim() for axes in figure.axes} == {figure.axes[0].get_ylim()}
-    assert legend(figure) == ["few", "many"]
-    with pytest.raises(ValueError, match="no panels"):
-        plots.comparison_panels({}, "digits")
-
-
 def test_loss_on_a_log_axis_where_there_is_no_accuracy():
     for figure in (
         plots.accuracy_against_rounds(LOSSES, "quadratic"),

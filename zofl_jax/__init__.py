@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from zofl_jax.core import Algorithm, Phase, Task
     from zofl_jax.data import partition, sources
     from zofl_jax.directions import estimators, perturbations
+    from zofl_jax.engine import budgets
     from zofl_jax.engine.rounds import Conditions
     from zofl_jax.engine.simulation import Diverged, make_simulator, run
     from zofl_jax.models import cnn, mlp
-    from zofl_jax.observation import diagnostics, plots
+    from zofl_jax.observation import diagnostics, fronts, plots
     from zofl_jax.runs.directory import RunError
     from zofl_jax.tasks import objectives, quadratic, vision
     from zofl_jax.training import observers
@@ -45,10 +46,12 @@ __all__ = [
     "aggregation",
     "algorithms",
     "attacks",
+    "budgets",
     "cnn",
     "compression",
     "diagnostics",
     "estimators",
+    "fronts",
     "keys",
     "make_simulator",
     "mlp",
@@ -74,8 +77,9 @@ _MODULES = {
     "conditions": ("aggregation", "attacks", "compression", "participation", "privacy"),
     "data": ("partition", "sources"),
     "directions": ("estimators", "perturbations"),
+    "engine": ("budgets",),
     "models": ("cnn", "mlp"),
-    "observation": ("diagnostics", "plots"),
+    "observation": ("diagnostics", "fronts", "plots"),
     "tasks": ("objectives", "quadratic", "vision"),
     "training": ("observers",),
 }

@@ -40,13 +40,13 @@ def total(phases: Sequence[Phase], attended: Sequence[int]) -> Passes:
     return Passes(forward, backward)
 
 
-def in_forward_passes(passes: Passes) -> int:
-    """Returns the cost in forward passes, a backward pass as two.
+def in_forward_passes(passes: Passes, backward_cost: float = 2) -> float:
+    """Returns the cost in forward passes, a backward pass as two unless another cost is given.
 
     The gradient by the weights and that by the activations cost a forward pass each
     (Kaplan et al. 2020, section 2.1).
 
-    >>> in_forward_passes(Passes(3, 1))
-    5
+    >>> in_forward_passes(Passes(3, 1)), in_forward_passes(Passes(3, 1), backward_cost=1.5)
+    (5, 4.5)
     """
-    return passes.forward + 2 * passes.backward
+    return passes.forward + backward_cost * passes.backward
