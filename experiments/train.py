@@ -20,7 +20,7 @@ from zofl_jax.runs.directory import Run, open_run, read_flags
 from zofl_jax.tasks import objectives
 from zofl_jax.training import described, loop, observers
 
-from . import devices, distributed, entry, report, tuning
+from . import devices, distributed, entry, few_examples, report, tuning
 from . import flags as settings
 
 flags.DEFINE_string(
@@ -34,6 +34,12 @@ flags.DEFINE_bool(
     "Find the learning rate by trials from --learning_rate on, or its default, which take about "
     "half to once as many rounds as the run; flags.json keeps it.",
 )
+flags.DEFINE_bool(
+    "auto_examples",
+    False,
+    "Choose --examples_per_direction by the noise of examples' gradients, measured at the start; "
+    "flags.json keeps it.",
+)
 flags.DEFINE_integer(
     "diagnose_every",
     0,
@@ -44,6 +50,8 @@ flags.DEFINE_integer(
 
 FLAGS = flags.FLAGS
 
+EXAMPLES = "examples_per_direction"
+
 
 def main() -> None:
     """Runs the experiment that the flags describe."""
@@ -52,12 +60,15 @@ def main() -> None:
     if FLAGS.workdir:
         config, flags_of_run = resumed(config, Path(FLAGS.workdir).expanduser())
     check_diagnose_every(config)
+    if FLAGS.auto_examples:
+        check_auto_examples(config)
     if FLAGS.distributed:
-        if FLAGS.auto_lr:
-            raise entry.UserError(
-                "--auto_lr probes in one process: find the rate without --distributed, then give "
-                "it as --learning_rate"
-            )
+        for asked, found in (("auto_lr", "learning_rate"), ("auto_examples", EXAMPLES)):
+            if FLAGS[asked].value:
+                raise entry.UserError(
+                    f"--{asked} probes in one process: find it without --distributed, then give it "
+                    f"as --{found}"
+                )
         distributed.run(
             {**flags_of_run, "devices": FLAGS.devices, "mesh": FLAGS.mesh},
             lead=lambda team: _main(config, team),
@@ -68,9 +79,12 @@ def main() -> None:
 
 
 def _main(config: Config, team: Team | None = None) -> None:
-    workdir = Path(FLAGS.workdir or described.workdir_of(config, FLAGS.auto_lr)).expanduser()
+    asked = {name: True for name in ("auto_lr", "auto_examples") if FLAGS[name].value}
+    workdir = Path(FLAGS.workdir or described.workdir_of(config, asked)).expanduser()
     # A new run is built before its directory is made, so that a mistake leaves nothing.
     experiment = built(config, team) if team or not workdir.exists() else None
+    if FLAGS.auto_examples:
+        config, experiment = _with_chosen_examples(config, experiment, workdir)
     if FLAGS.auto_lr:
         config, experiment = _at_probed_rate(config, experiment, workdir)
     config, flags_of_run = resumed(config, workdir)
@@ -170,6 +184,33 @@ def _at_probed_rate(
     entry.note(probed.sentence)
     config = config.replace(learning_rate=probed.learning_rate)
     return config, at_learning_rate(experiment, config, devices.chosen())
+
+
+def check_auto_examples(config: Config) -> None:
+    """Checks that --auto_examples has something to choose.
+
+    Raises:
+      UserError: if it has not.
+    """
+    if EXAMPLES in config.given:
+        raise entry.UserError(
+            f"--auto_examples chooses --{EXAMPLES}, which is given: leave one of them out"
+        )
+    with entry.user_errors():
+        few_examples.with_examples(config, 1)
+
+
+def _with_chosen_examples(
+    config: Config, experiment: Experiment | None, workdir: Path
+) -> tuple[Config, Experiment | None]:
+    """Returns config and experiment with what --auto_examples chooses, or chose for this run."""
+    if (workdir / "flags.json").exists():
+        chosen = read_flags(workdir)[EXAMPLES] or config.batch_size
+        return few_examples.with_examples(config, int(str(chosen))), experiment
+    choice = few_examples.choose(config, (experiment or built(config)).task)
+    entry.note(choice.sentence)
+    config = few_examples.with_examples(config, choice.examples)
+    return config, built(config)
 
 
 def _rate_advice(config: Config) -> str:

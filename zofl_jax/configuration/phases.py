@@ -33,7 +33,7 @@ def build_phases(config: Config, task: Task) -> list[Phase]:
     changes = schedules.parse_schedule(config.schedule)
     smoothing = schedules.piecewise(changes, "smoothing", config.smoothing)
     root = keys.root(config.seed, config.prng_impl)
-    optimizer, perturbation = schedules.make_optimizer(config), _perturbation(config)
+    optimizer, perturbation = schedules.make_optimizer(config), perturbation_of(config)
     client_optimizer = schedules.make_client_optimizer(config)
     mask = _mask(config, task, root)
     if mask is not None:
@@ -83,7 +83,8 @@ def build_phases(config: Config, task: Task) -> list[Phase]:
     return phases
 
 
-def _perturbation(config: Config) -> Perturbation:
+def perturbation_of(config: Config) -> Perturbation:
+    """Returns the directions of the settings, without a mask."""
     if config.perturbation == "low_rank":
         return perturbations.low_rank(config.rank)
     return getattr(perturbations, config.perturbation)()

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from zofl_jax.configuration import experiment as experiments
@@ -169,10 +170,15 @@ def advice(config: Config, rate: str | None = None) -> Advice:
     return Advice(rate, start)
 
 
-def workdir_of(config: Config, auto_lr: bool = False) -> Path:
-    """Returns a folder whose name tells the run and whose digest tells its settings."""
+def workdir_of(config: Config, asked: Mapping[str, bool] = MappingProxyType({})) -> Path:
+    """Returns a folder whose name tells the run and whose digest tells its settings.
+
+    Args:
+      config: the settings.
+      asked: what is found out in the run's first moments, such as its learning rate.
+    """
     task, model = plain(config.task), plain(summaries.model_name(str(config.model)))
-    told = digest(fixed(config) | ({"auto_lr": True} if auto_lr else {}))
+    told = digest({**fixed(config), **asked})
     return Path("runs") / f"{task}-{model}-{config.algorithm}-{told}"
 
 
