@@ -280,7 +280,7 @@ def test_runs_within_a_budget_spend_it_and_go_on_with_a_larger_one(commands):
         spent = int(row["run_bytes_up"]) + int(row["run_bytes_down"])
         model = 650 * 4 + 8
         most = 2 * cohort * model if row["algorithm"] == "fedavg" else cohort * (model + 1000)
-        assert 80_000 - most < spent <= 80_000 and rounds > 5
+        assert 80_000 - most < spent <= 80_000 and rounds > 1
         assert row["trial_bytes_up"] == ""  # of one learning rate none was chosen
         # A plain run of so many rounds.
         folder = commands.folder / "one" / row["algorithm"]
@@ -289,8 +289,8 @@ def test_runs_within_a_budget_spend_it_and_go_on_with_a_larger_one(commands):
     within(160_000, "one")
     at_once = within(160_000, "two")
     gone_on = table_of(commands.folder / "one")
-    for row, other in zip(gone_on, at_once, strict=True):
-        assert int(row["rounds"]) > 10
+    for row, other, before in zip(gone_on, at_once, table, strict=True):
+        assert int(row["rounds"]) > int(before["rounds"])
         for name in ("rounds", "final_accuracy", "run_bytes_up", "run_bytes_down"):
             assert row[name] == other[name]
     # A smaller one is told from the evaluations of the larger one.
@@ -306,8 +306,8 @@ def test_passes_of_batches_of_different_sizes_are_counted_by_example(commands):
     ended = commands.in_turn("compare", *flags, "--budget=example_passes:8000")
     assert ended.code == 0, ended.err
     rows = {row["algorithm"]: row for row in table_of(commands.folder / "all")}
-    # 5 clients: five values of 32 examples a round; one value and gradient of 8.
-    assert int(rows["decomfl"]["rounds"]) == 8000 // (5 * 5 * 32)
+    # 5 clients: eight values of 32 examples a round; one value and gradient of 8.
+    assert int(rows["decomfl"]["rounds"]) == 8000 // (5 * 8 * 32)
     assert int(rows["fedavg"]["rounds"]) == 8000 // (5 * 2.5 * 8)
     assert "Within 8 k forward passes of an example:" in ended.out
     assert (
