@@ -52,6 +52,11 @@ def main() -> None:
     if FLAGS.workdir:
         config, flags_of_run = resumed(config, Path(FLAGS.workdir).expanduser())
     check_diagnose_every(config)
+    if FLAGS.auto_lr and config.warmup_rounds:
+        raise entry.UserError(
+            f"--auto_lr tries rates from the initial model on, which --warmup_rounds="
+            f"{config.warmup_rounds} trains at a rate of its own: find the rate without a warm-up"
+        )
     if FLAGS.distributed:
         if FLAGS.auto_lr:
             raise entry.UserError(
