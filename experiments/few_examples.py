@@ -26,7 +26,7 @@ from zofl_jax.configuration import phases
 from zofl_jax.configuration.config import Config
 from zofl_jax.configuration.resolve import resolve
 from zofl_jax.core import Array, Batch, Params, Task
-from zofl_jax.directions import jaxprs, sums
+from zofl_jax.directions import jaxprs, perturbations, sums
 from zofl_jax.directions.perturbations import Perturbation
 from zofl_jax.engine import compilation
 from zofl_jax.observation import diagnostics
@@ -113,6 +113,8 @@ def cost_of_a_direction(config: Config, task: Task, perturbation: Perturbation) 
     example = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), x.dtype), task.train.examples
     )
+    if config.perturbation == "subspace":  # whose sums are cheaper, but for the bases
+        perturbation = perturbations.low_rank(config.rank)
     program, _ = jaxprs.trace(task.loss, params, example)
     size = sum(x.size for x in jax.tree.leaves(params))
     if perturbation.combine is None:

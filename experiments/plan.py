@@ -6,7 +6,8 @@
 
 The round of these flags is compiled for the devices of --topology by the TPU's own compiler (extra
 `[plan]`), or for this machine's. Memory, FLOPs, traffic and the times that peak rates allow are
-printed. What doesn't fit is refused.
+printed. What doesn't fit is refused. A run with a warm-up has a plan of that first, and then one of
+the rounds after it.
 """
 
 import json
@@ -56,14 +57,23 @@ def main() -> None:
         config = _config()
         simulator = _simulator(config)
         narrow = config.kind == "texts" and (config.matmul_dtype or config.dtype) != "float32"
-        plan = plans.make(simulator, factors="bfloat16" if narrow else "float32")
-    width = max(len(name) for name, _ in plan.rows())
-    for name, value in plan.rows():
-        print(f"{name:<{width}}  {value}")
-    for sentence in plan.notes:
-        entry.note(sentence)
+        factors = "bfloat16" if narrow else "float32"
+        warmup = plans.make(simulator, factors=factors) if config.warmup_rounds else None
+        plan = plans.make(simulator, phase=1 if warmup else 0, factors=factors)
+    for title, made in ((config.warmup, warmup), (config.algorithm, plan)):
+        if made is None:
+            continue
+        if warmup:
+            print(f"{title}:")
+        width = max(len(name) for name, _ in made.rows())
+        for name, value in made.rows():
+            print(f"{name:<{width}}  {value}")
+        for sentence in made.notes:
+            entry.note(sentence)
     if FLAGS.out:
         told = {"flags": _given(), **plan.as_json()}
+        if warmup:
+            told["warmup"] = warmup.as_json()
         Path(FLAGS.out).expanduser().write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -62,6 +62,11 @@ def main() -> None:
     check_diagnose_every(config)
     if FLAGS.auto_examples:
         check_auto_examples(config)
+    if FLAGS.auto_lr and config.warmup_rounds:
+        raise entry.UserError(
+            f"--auto_lr tries rates from the initial model on, which --warmup_rounds="
+            f"{config.warmup_rounds} trains at a rate of its own: find the rate without a warm-up"
+        )
     if FLAGS.distributed:
         for asked, found in (("auto_lr", "learning_rate"), ("auto_examples", EXAMPLES)):
             if FLAGS[asked].value:

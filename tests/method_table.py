@@ -29,7 +29,9 @@ from zofl_jax.algorithms import (
     mezo,
     scaffold,
 )
+from zofl_jax.algorithms.history import with_history
 from zofl_jax.algorithms.step_rules import normalized, radazo, second_moment
+from zofl_jax.algorithms.subspaces import in_subspaces
 from zofl_jax.conditions import aggregation, privacy
 from zofl_jax.conditions.compression import (
     compressed,
@@ -166,6 +168,24 @@ SCALAR = {
         clients=(1, 1),
     ),
     "decomfl, random mask": Method(_masked, rate=0.1, rounds=60, mask=_random_half),
+    "decomfl, subspaces of two rounds": Method(
+        lambda loss, rate: in_subspaces(
+            lambda z: decomfl(loss, _central(perturbation=z), optax.sgd(rate)),
+            keys.pool_key(keys.root(0).shared),
+            rank=3,
+            rounds=2,
+        ),
+        rate=0.03,
+    ),
+    "decomfl, leaning towards its last updates": Method(
+        lambda loss, rate: with_history(
+            lambda z: decomfl(loss, _central(perturbation=z), optax.sgd(rate)),
+            perturbations.gaussian(),
+            length=4,
+            share=0.2,
+        ),
+        rate=0.03,
+    ),
     "decomfl in float16": Method(
         lambda loss, rate: compressed(
             decomfl(loss, _central(), optax.sgd(rate)), floats(jnp.float16)

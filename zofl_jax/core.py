@@ -75,11 +75,14 @@ class Sync(NamedTuple):
         `Algorithm.client` does what it does in the present one. What only the server uses,
         such as its optimiser's moments, may be missing from it.
       alone: whether the message is all a new client needs, or adds to the initial params.
+      since: where it doesn't stand alone, the round whose state it adds to: `restore` is given that
+        one, with the present round number, in place of the initial one.
     """
 
     message: Callable[[ServerState], Any]
     restore: Callable[[ServerState, Any], ServerState]
     alone: bool
+    since: int = 0
 
 
 class Wire(NamedTuple):

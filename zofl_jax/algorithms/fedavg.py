@@ -190,6 +190,7 @@ METHOD = Method(
     order=1,
     summary="local descent; the change of the model up, the model down (McMahan et al. 2017)",
     defaults={"momentum": 0.0},
+    warms_up=True,
 )
 
 

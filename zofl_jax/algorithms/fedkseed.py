@@ -252,9 +252,16 @@ METHOD = Method(
             "all of whose scalars are needed",
             ("top_k", "sign"),
             "use float16, bfloat16, int8, int4 or qsgd",
-        )
+        ),
+        "perturbation": Refusal(
+            "whose pool has the same directions in all rounds",
+            ("subspace",),
+            "use --perturbation=low_rank",
+        ),
+        "history": Refusal("whose pool has the same directions in all rounds"),
     },
     takes=("codec",),
+    warms_up=True,
 )
 METHOD_PRO = dataclasses.replace(
     METHOD,

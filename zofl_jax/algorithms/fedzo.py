@@ -12,7 +12,7 @@ import dataclasses
 
 from zofl_jax.algorithms.fedavg import dense
 from zofl_jax.algorithms.local_training import ClientOptimizer, estimated
-from zofl_jax.algorithms.method import Method, Parts
+from zofl_jax.algorithms.method import Method, Parts, Refusal
 from zofl_jax.core import Algorithm, LossFn
 from zofl_jax.directions.estimators import Estimator
 from zofl_jax.settings import setting
@@ -85,4 +85,5 @@ METHOD = Method(
     summary="local descent by estimated gradients; the change of the model up (Fang et al. 2022)",
     options=Options,
     defaults={"momentum": 0.0},
+    refuses={"history": Refusal("whose late clients are sent the model without its updates")},
 )

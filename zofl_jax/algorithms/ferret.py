@@ -30,7 +30,7 @@ from zofl_jax import precision
 from zofl_jax.algorithms.fedavg import whole_model
 from zofl_jax.algorithms.fedopt import ServerRate
 from zofl_jax.algorithms.local_training import ClientOptimizer, Trained, difference, exact, train
-from zofl_jax.algorithms.method import Method, Parts
+from zofl_jax.algorithms.method import Method, Parts, Refusal
 from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
@@ -189,5 +189,12 @@ METHOD = Method(
     options=Options,
     defaults={"momentum": 0.0, "num_perturbations": 320, "server_learning_rate": 1.0},
     reads=("perturbation", "rank", "num_perturbations"),
+    refuses={
+        "perturbation": Refusal(
+            "whose blocks have as many directions as they need",
+            ("subspace",),
+            "use --perturbation=low_rank",
+        )
+    },
     noise=_noise,
 )

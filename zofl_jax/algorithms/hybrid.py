@@ -25,7 +25,7 @@ import optax
 from zofl_jax import keys, precision
 from zofl_jax.algorithms.fedavg import whole_state
 from zofl_jax.algorithms.local_training import ClientOptimizer, difference
-from zofl_jax.algorithms.method import Method, Parts
+from zofl_jax.algorithms.method import Method, Parts, Refusal
 from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
@@ -291,5 +291,10 @@ METHOD = Method(
         *("estimator", "perturbation", "rank", "num_perturbations", "smoothing"),
         *("perturbations_at_once", "examples_per_direction"),
     ),
+    refuses={
+        "perturbation": Refusal(
+            "whose top is cut out of the matrices", ("subspace",), "use --perturbation=low_rank"
+        )
+    },
     noise=lambda options, num_perturbations, local_steps: 1.0,
 )

@@ -106,6 +106,8 @@ class Method:
       noise: (its own settings, P, K) -> the noise of its steps, as a multiple of that of a gradient
         estimated along P directions, for the learning rate of a run that is given none. Unless
         given it is 1 of order 0, and none of order 1.
+      warms_up: whether rounds of it, with its own defaults, may come before those of another
+        method, see `warmup.py`.
       private: its own settings -> whether they make it differentially private by itself.
     """
 
@@ -121,4 +123,5 @@ class Method:
     takes: Collection[str] = ()
     coefficients: bool = False
     noise: Callable[[Any, int, int], float] | None = None
+    warms_up: bool = False
     private: Callable[[Any], bool] = lambda options: False

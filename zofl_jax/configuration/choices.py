@@ -1,6 +1,6 @@
 """What settings can be, where it is one of a few, and what goes with the choices."""
 
-PERTURBATIONS = ("gaussian", "rademacher", "sphere", "low_rank")
+PERTURBATIONS = ("gaussian", "rademacher", "sphere", "low_rank", "subspace")
 OPTIMIZERS = ("sgd", "adam", "radazo")
 ESTIMATORS = ("forward", "central", "projection", "jvp")
 PARTITIONS = ("iid", "dirichlet", "shards", "natural")
@@ -9,6 +9,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 CALIBRATION_EXAMPLES = 256
 """Of the sensitivity mask."""
+
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 64, 128
+"""Of a sensitivity mask from public texts: how many, and the longest."""
 
 AUTHORS = "500:lr=0.8,P=2;1000:lr=0.5,P=4;2000:lr=0.3,P=8"
 """The schedule of the authors of DeComFL."""

@@ -108,6 +108,42 @@ class Learning:
     )
 
 
+_WARMUPS = sorted(
+    (name for name, method in METHODS.items() if method.warms_up),
+    key=lambda name: -METHODS[name].order,  # gradients first
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmUp:
+    """A warm-up by another method."""
+
+    warmup_rounds: int = setting(
+        0, "Rounds of another method before those of --algorithm (ZOWarmUp); 0 for none.", least=0
+    )
+    warmup: str = setting(
+        _WARMUPS[0],
+        "Method of the warm-up, with its own defaults, by sgd without momentum.",
+        choices=_WARMUPS,
+    )
+    warmup_learning_rate: float | None = setting(
+        None,
+        "Learning rate of the warm-up; unless given, one that suits task, model and method.",
+        within=positive(),
+    )
+    warmup_local_steps: int | None = setting(
+        None,
+        "Local steps in a round of the warm-up; unless given, those of its method's defaults or of "
+        "--local_steps.",
+        least=1,
+    )
+    warmup_share: float = setting(
+        1.0,
+        "Share of the population that is there for the warm-up; the others join after it.",
+        within=share(),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Directions:
     """Directions, of methods that measure along them."""
@@ -121,7 +157,20 @@ class Directions:
     perturbation: str = setting(
         "gaussian", "Distribution of the directions.", choices=choices.PERTURBATIONS
     )
-    rank: int = setting(1, "Rank of low_rank directions.", least=1)
+    rank: int = setting(1, "Rank of low_rank and subspace directions.", least=1)
+    subspace_rounds: int = setting(
+        50, "Rounds after which subspace directions get other subspaces.", least=1
+    )
+    history: int = setting(
+        0,
+        "Directions lean towards the span of as many of the last rounds' updates; 0 for none.",
+        least=0,
+    )
+    history_share: float = setting(
+        0.5,
+        "Share of a direction's square length that lies in the span of --history.",
+        within=share(below_one=True),
+    )
     num_perturbations: int = setting(
         20,
         "P, directions of a local step; of a round where its change is projected on them.",
@@ -143,6 +192,11 @@ class Directions:
         choices=choices.MASKS,
     )
     mask_density: float = setting(0.1, "Share of the params that a mask keeps.")
+    mask_data: str | None = setting(
+        None,
+        "Public examples of --mask=sensitivity in place of the clients' own (MEERKAT): another "
+        "task's, as SOURCE or SOURCE:PLACE, or a .txt file with a text a line.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,6 +399,7 @@ class Config(
     Data,
     Rounds,
     Learning,
+    WarmUp,
     Directions,
     Compression,
     Adversity,

@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from zofl_jax import keys, precision
-from zofl_jax.configuration import kinds, partitions, schedules, texts, wrapping
+from zofl_jax.algorithms import METHODS
+from zofl_jax.configuration import kinds, partitions, public, schedules, texts, wrapping
 from zofl_jax.configuration.config import Config, Data, Quadratic, Rounds, Texts, everything
 from zofl_jax.configuration.phases import build_phases
 from zofl_jax.core import Batch, ServerState, Task
@@ -45,6 +46,7 @@ class Experiment(NamedTuple):
     inputs: Callable[[], fingerprints.Fingerprints]  # of data and base model, see `fingerprints`
     language: "LanguageTask | None" = None  # of texts
     notes: tuple[str, ...] = ()
+    calibration: public.Calibration | None = None  # public data of a mask
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -77,7 +79,7 @@ def build(config: Config, devices: Devices = None, team: Team | None = None) -> 
     mesh = _mesh(config, devices)
     with placement.Placement(mesh).starting():
         prepared = _prepare(config)
-    simulator, placed = _simulator(config, prepared.task, mesh)
+    simulator, placed = _simulator(config, prepared.task, mesh, prepared.calibration)
     expected = _expected_memory(placed, simulator)
     if team:
         simulator = team.lead(simulator)
@@ -90,6 +92,7 @@ def build(config: Config, devices: Devices = None, team: Team | None = None) -> 
         prepared.inputs,
         prepared.language,
         notes,
+        prepared.calibration,
     )
 
 
@@ -141,7 +144,7 @@ def inputs(config: Config, devices: Devices = None) -> fingerprints.Fingerprints
     _mesh(config, devices)  # before the backend is first used
     # Runs of a comparison differ in other settings, and share it.
     names = {n for group in (Data, Rounds, Texts, Quadratic) for n in settings_of(group)}
-    names = (names | {"availability"}) - {"rounds", "eval_every"}
+    names = (names | {"availability", "mask", "mask_data"}) - {"rounds", "eval_every"}
     return _inputs(Config(**{name: getattr(config, name) for name in names}))
 
 
@@ -157,6 +160,7 @@ class _Prepared(NamedTuple):
     inputs: Callable[[], fingerprints.Fingerprints]
     language: "LanguageTask | None"
     notes: tuple[str, ...] = ()
+    calibration: public.Calibration | None = None  # public data of a mask
 
 
 def _prepare(config: Config) -> _Prepared:
@@ -176,18 +180,25 @@ def _prepare(config: Config) -> _Prepared:
         return _Prepared(built.task, None, built.minimum, inputs, None)
     if config.kind == "texts":
         language, label_counts, text_inputs = texts.build(config, root)
+        texts_of_mask = public.of_texts(config, language.model) if config.mask_data else None
         return _Prepared(
             language.task,
             label_counts,
             None,
-            lambda: {**text_inputs(), **wrapping.inputs(config)},
+            lambda: {
+                **text_inputs(),
+                **wrapping.inputs(config),
+                **(texts_of_mask.inputs() if texts_of_mask else {}),
+            },
             language,
+            calibration=texts_of_mask,
         )
     dataset = _images(config.task, config.data_dir)
     dataset, (order, offsets) = _owned(config, dataset, root)
     model = MODELS[str(config.model)].make(dataset.num_classes)
     objective = objectives.CLASSIFICATION[str(config.objective)]
     task = vision.classification(dataset, model, order, offsets, objective)
+    found = public.of_images(config, task, dataset.num_classes) if config.mask_data else None
     counts = partition.label_counts(dataset.train["label"], order, offsets, dataset.num_classes)
 
     def image_inputs() -> fingerprints.Fingerprints:
@@ -196,9 +207,10 @@ def _prepare(config: Config) -> _Prepared:
             **fingerprints.rows("test", dataset.test),
             "partition": fingerprints.arrays(order, offsets),
             **wrapping.inputs(config),
+            **(found.inputs() if found else {}),
         }
 
-    return _Prepared(task, counts, None, image_inputs, None, _of_classes(dataset))
+    return _Prepared(task, counts, None, image_inputs, None, _of_classes(dataset), found)
 
 
 def _of_classes(dataset: sources.Dataset) -> tuple[str, ...]:
@@ -215,7 +227,7 @@ def _of_classes(dataset: sources.Dataset) -> tuple[str, ...]:
 
 
 def _notes(config: Config, simulator: simulation.Simulator) -> tuple[str, ...]:
-    if config.perturbation != "low_rank" or config.local_steps == 1:
+    if config.perturbation not in ("low_rank", "subspace") or config.local_steps == 1:
         return ()
     if not config.method.coefficients or config.mask != "none":
         return ()
@@ -233,7 +245,9 @@ def at_learning_rate(experiment: Experiment, config: Config, devices: Devices) -
 
     Both share compiled functions through the compilation cache.
     """
-    simulator, _ = _simulator(config, experiment.task, _mesh(config, devices))
+    simulator, _ = _simulator(
+        config, experiment.task, _mesh(config, devices), experiment.calibration
+    )
     return experiment._replace(simulator=simulator)
 
 
@@ -302,7 +316,7 @@ def rebuild(
 
 
 def _simulator(
-    config: Config, task: Task, mesh: Mesh | None
+    config: Config, task: Task, mesh: Mesh | None, calibration: public.Calibration | None = None
 ) -> tuple[simulation.Simulator, Config]:
     """Returns the simulator, and the config with what was chosen for its devices."""
     of_texts = config.kind == "texts"
@@ -313,9 +327,9 @@ def _simulator(
     half = (config.clients_at_once or config.clients_per_round) // 2
     if unset and half:
         fewer = config.replace(clients_at_once=half)
-        smaller = functools.partial(build_phases, fewer, task)
+        smaller = functools.partial(build_phases, fewer, task, calibration)
     made = simulation.make_simulator(
-        build_phases(config, task),
+        build_phases(config, task, calibration),
         task,
         clients_per_round=config.clients_per_round,
         batch_size=config.batch_size,
@@ -343,7 +357,7 @@ def for_devices(
         params = jax.eval_shape(task.init, root.init)
         clients = config.clients_at_once or config.clients_per_round
         tokens = task.test["tokens"].shape[1] if config.kind == "texts" else 1
-        shared, groups = config.perturbation == "low_rank", config.groups
+        shared, groups = config.perturbation in ("low_rank", "subspace"), config.groups
         at_once = batching.models_at_once(
             where.platform,
             rows=clients * config.batch_size * tokens // groups,
@@ -367,7 +381,8 @@ def _clients_at_once(
     available = compilation.memory_available(where)
     if config.clients_per_round == 1 or not available:
         return 0
-    backward = config.method.order == 1 or config.estimator == "projection"
+    first = METHODS[config.warmup].order if config.warmup_rounds else 0
+    backward = 1 in (config.method.order, first) or config.estimator == "projection"
     fitting = compilation.clients_that_fit(
         jax.value_and_grad(task.loss) if backward else task.loss,
         jax.eval_shape(lambda key: precision.wide(task.init(key)), root.init),

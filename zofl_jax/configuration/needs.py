@@ -56,6 +56,7 @@ _OWN_TEXTS = _with("task", kinds.OWN_TEXTS)
 _DIFFERENCES = _with("estimator", "forward", "central")
 _PRIVATE = _without("--dp", lambda config: config.dp != "none")
 _SECURE = _without("--secure_sum", lambda config: config.secure_sum)
+_WARMED = _without("--warmup_rounds", lambda config: config.warmup_rounds > 0)
 _LATE = _without("a --deadline", lambda config: config.deadline is not None)
 _ADAPTERS = _without("a --lora_rank", lambda config: config.lora_rank > 0)
 
@@ -107,10 +108,13 @@ NEEDS: Mapping[str, tuple[Need, ...]] = {
     ),
     # Learning and directions.
     "momentum": (_with("optimizer", "sgd"),),
-    "rank": (_with("perturbation", "low_rank"),),
+    "rank": (_with("perturbation", "low_rank", "subspace"),),
+    "subspace_rounds": (_with("perturbation", "subspace"),),
+    "history_share": (_without("a --history", lambda config: config.history > 0),),
     "smoothing": (_DIFFERENCES,),
     "perturbations_at_once": (_DIFFERENCES,),
     "mask_density": (_with("mask", "random", "magnitude", "sensitivity"),),
+    "mask_data": (_with("mask", "sensitivity"), _DATA_AND_MODEL),
     "step_rule": (_with("optimizer", "sgd"),),
     "step_decay": (_with("step_rule", "meazo"),),
     "ferret_rank": (
@@ -119,6 +123,11 @@ NEEDS: Mapping[str, tuple[Need, ...]] = {
             lambda config: not config.get("ferret_remainder"),
         ),
     ),
+    # Warm-up.
+    "warmup": (_WARMED,),
+    "warmup_learning_rate": (_WARMED,),
+    "warmup_local_steps": (_WARMED,),
+    "warmup_share": (_WARMED,),
     # Compression.
     "top_k_fraction": (_with("compression", "top_k"),),
     "stochastic_rounding": (_with("compression", "float16", "bfloat16", "int8", "int4", "qsgd"),),

@@ -1,5 +1,6 @@
 """The algorithm of a config, and its phases."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,34 +9,49 @@ import optax
 
 from zofl_jax import keys
 from zofl_jax.algorithms import Parts
+from zofl_jax.algorithms.history import with_history
 from zofl_jax.algorithms.local_training import ClientOptimizer
-from zofl_jax.configuration import choices, schedules, wrapping
+from zofl_jax.algorithms.subspaces import in_subspaces
+from zofl_jax.algorithms.warmup import warmed_up
+from zofl_jax.configuration import choices, schedules, warmups, wrapping
 from zofl_jax.configuration.config import Config
+from zofl_jax.configuration.public import Calibration
 from zofl_jax.core import Algorithm, Params, Phase, Task
 from zofl_jax.directions import estimators, perturbations, scaling
 from zofl_jax.directions.estimators import Estimator
 from zofl_jax.directions.perturbations import Perturbation
 
 
-def build_phases(config: Config, task: Task) -> list[Phase]:
-    """Returns the algorithm of each phase of the schedule.
+def build_phases(config: Config, task: Task, public: Calibration | None = None) -> list[Phase]:
+    """Returns the algorithm of each phase: of the warm-up, and of the schedule.
 
-    Phases differ in their number of perturbations alone; learning rate and smoothing
+    The schedule's phases differ in their number of perturbations alone; learning rate and smoothing
     follow the round within them.
 
     Args:
       config: the settings.
       task: whose loss is lowered; its initial params and its data make the masks.
+      public: what makes a sensitivity mask in place of its data.
 
     Raises:
       ValueError: for values out of range.
     """
+    phases = _scheduled(config, task, public)
+    if not config.warmup_rounds:
+        return phases
+    # Its own schedule's phases would be of perturbations, which it has no number of.
+    first = _scheduled(warmups.config_of(config), task, public)[0].algorithm
+    return [*warmed_up(first, phases, config.warmup_rounds)]
+
+
+def _scheduled(config: Config, task: Task, public: Calibration | None) -> list[Phase]:
+    """Returns the phases of a schedule, without a warm-up."""
     changes = schedules.parse_schedule(config.schedule)
     smoothing = schedules.piecewise(changes, "smoothing", config.smoothing)
     root = keys.root(config.seed, config.prng_impl)
     optimizer, perturbation = schedules.make_optimizer(config), perturbation_of(config)
     client_optimizer = schedules.make_client_optimizer(config)
-    mask = _mask(config, task, root)
+    mask = _mask(config, task, root, public)
     if mask is not None:
         optimizer, client_optimizer, perturbation = (
             scaling.masked(optimizer, mask),
@@ -48,6 +64,10 @@ def build_phases(config: Config, task: Task) -> list[Phase]:
         def make(private: Callable[[Estimator], Estimator]) -> Algorithm:
             def make_estimator(directions: Perturbation) -> Estimator:
                 return private(_estimator(config, count, smoothing, directions))
+
+            def along(directions: Perturbation) -> Algorithm:
+                own = dataclasses.replace(parts, perturbation=directions)
+                return config.method.build(own, config.options)
 
             parts = Parts(
                 loss_fn=task.loss,
@@ -67,7 +87,19 @@ def build_phases(config: Config, task: Task) -> list[Phase]:
                 share=config.clients_per_round / task.train.num_clients,
                 delta=config.dp_delta,
             )
-            return config.method.build(parts, config.options)
+            if config.perturbation == "subspace":
+                own_key = jax.random.fold_in(pool_key, keys.name_id("subspaces"))
+                return in_subspaces(
+                    lambda z: along(z if mask is None else scaling.scaled(z, mask)),
+                    own_key,
+                    config.rank,
+                    config.subspace_rounds,
+                )
+            if config.history:
+                size = None if mask is None else sum(int(m.sum()) for m in jax.tree.leaves(mask))
+                share = config.history_share
+                return with_history(along, perturbation, config.history, share, size)
+            return along(perturbation)
 
         guarded = wrapping.guarded(config, wrapping.make_private(config, make))
         sent = wrapping.compressed(config, guarded)
@@ -85,12 +117,16 @@ def build_phases(config: Config, task: Task) -> list[Phase]:
 
 def perturbation_of(config: Config) -> Perturbation:
     """Returns the directions of the settings, without a mask."""
+    if config.perturbation == "subspace":
+        return perturbations.gaussian()  # in their place until the rounds are known
     if config.perturbation == "low_rank":
         return perturbations.low_rank(config.rank)
     return getattr(perturbations, config.perturbation)()
 
 
-def _mask(config: Config, task: Task, root: keys.RootKeys) -> Params | None:
+def _mask(
+    config: Config, task: Task, root: keys.RootKeys, public: Calibration | None
+) -> Params | None:
     if config.mask == "none":
         return None
     params, density = task.init(root.init), config.mask_density
@@ -98,6 +134,8 @@ def _mask(config: Config, task: Task, root: keys.RootKeys) -> Params | None:
         return scaling.random_mask(keys.pool_key(root.shared), params, density)
     if config.mask == "magnitude":
         return scaling.magnitude_mask(params, density)
+    if public is not None:
+        return scaling.sensitivity_mask(public.loss_fn, params, public.batch, density)
     batch = jax.tree.map(lambda x: x[: choices.CALIBRATION_EXAMPLES], task.train.examples)
     return scaling.sensitivity_mask(task.loss, params, batch, density)
 

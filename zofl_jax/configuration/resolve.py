@@ -19,9 +19,11 @@ from zofl_jax.configuration import (
     kinds,
     messages,
     needs,
+    public,
     rates,
     schedules,
     texts,
+    warmups,
     wrapping,
 )
 from zofl_jax.configuration.config import Config, everything, general
@@ -62,6 +64,10 @@ fedkseed or fedkseed_pro
         check(config)
     if config.learning_rate is None:
         config = config.replace(learning_rate=rates.default(config))
+    if config.warmup_rounds:
+        _check_warmup(config)
+        rate = warmups.config_of(config).learning_rate
+        config = config.replace(warmup_learning_rate=rate)
     return config
 
 
@@ -297,6 +303,19 @@ def _check_adversity(config: Config) -> None:
             f"--step_rule={config.get('step_rule')}, whose steps are as long whatever an upload "
             f"weighs: use --step_rule={step_rules.PLAIN}"
         )
+    moving = {"perturbation": config.perturbation == "subspace", "history": config.history > 0}
+    for name, moves in moving.items():
+        if moves and config.late_weight:
+            raise ValueError(
+                f"--late_weight={config.late_weight} is not possible with "
+                f"--{name}={config.get(name)}, whose directions of the round before nobody has: "
+                "use --late_weight=0"
+            )
+    if all(moving.values()):
+        raise ValueError(
+            f"--history={config.history} is not possible with --perturbation=subspace, whose "
+            "directions have a span already: leave one of them out"
+        )
     if config.secure_sum and config.attack in ("nan", "inf"):
         raise ValueError(
             f"--attack={config.attack} is not possible with --secure_sum, whose uploads are "
@@ -326,10 +345,13 @@ def _check_privacy(config: Config) -> None:
     by_itself = config.method.private(config.options)
     if config.dp == "client":
         _check_private_clients(config)
-    if config.mask == "sensitivity" and (config.dp != "none" or by_itself):
+    if config.mask_data is not None:
+        public.check(config)
+    elif config.mask == "sensitivity" and (config.dp != "none" or by_itself):
         raise ValueError(
             "--mask=sensitivity is not possible with differential privacy: clients' own examples "
-            "make it, which ε does not count; use --mask=random or --mask=magnitude"
+            "make it, which ε does not count; name public ones by --mask_data, or use "
+            "--mask=random or --mask=magnitude"
         )
     if config.dp == "example" and by_itself:
         raise ValueError(
@@ -367,6 +389,43 @@ def _check_private_clients(config: Config) -> None:
             f"--attack={config.attack} is not possible with --dp=client: malicious clients add no "
             "noise, and ε would be wrong; leave one of them out"
         )
+
+
+def _check_warmup(config: Config) -> None:
+    """Checks that both methods can do what the run asks, and go together."""
+    if config.warmup_rounds >= config.rounds:
+        raise ValueError(
+            f"--warmup_rounds={config.warmup_rounds} leaves none of --rounds={config.rounds} to "
+            f"--algorithm={config.algorithm}: take fewer, or more --rounds"
+        )
+    first = warmups.config_of(config)
+    if config.method.private(config.options):
+        raise ValueError(
+            f"--warmup_rounds={config.warmup_rounds} is not possible with the privacy of "
+            f"--algorithm={config.algorithm} itself, which the warm-up has not: use --dp=client"
+        )
+    for name, plain, possible, reason in (
+        ("late_weight", 0.0, False, "whose last uploads are no uploads of the method after it"),
+        ("mask", "none", first.method.order == 0, "whose gradients move all params"),
+    ):
+        if config.get(name) != plain and not possible:
+            raise ValueError(
+                f"--{name}={config.get(name)} is not possible with --warmup={config.warmup}, "
+                f"{reason}: use --{name}={plain}"
+            )
+    if config.warmup_share < 1 and config.dp == "client":
+        raise ValueError(
+            f"--warmup_share={config.warmup_share} is not possible with --dp=client: ε counts on "
+            "cohorts from the whole population; use --warmup_share=1"
+        )
+    checks: list[Callable[[Config], None]] = [_check_method, _check_adversity, _check_privacy]
+    if config.objective in objectives.WITHOUT_GRADIENT:
+        checks.append(_check_gradient)
+    try:
+        for check in checks:
+            check(first)
+    except ValueError as error:
+        raise ValueError(f"in the rounds of --warmup={config.warmup}: {error}") from None
 
 
 def _check_schedule(config: Config) -> None:

@@ -71,11 +71,11 @@ def changing(changes: Sequence[Change], field: str) -> bool:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Returns the optimiser of the settings, whose state goes on from round to round.
 
-    Its rate follows the schedule by the count of local steps, K a round.
+    Its rate follows the schedule by the count of local steps, K a round, after a warm-up.
     """
-    rate = learning_rate(config)
+    rate, first = learning_rate(config), config.warmup_rounds
     if callable(rate):
-        return _optimizer(config, lambda count: rate(count // config.local_steps))
+        return _optimizer(config, lambda count: rate(first + count // config.local_steps))
     return _optimizer(config, rate)
 
 

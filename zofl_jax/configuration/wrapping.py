@@ -4,10 +4,12 @@ And the conditions of its rounds: who is there, who is malicious. Which settings
 checked in `resolve`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,7 +24,7 @@ from zofl_jax.conditions import (
 )
 from zofl_jax.configuration import messages
 from zofl_jax.configuration.config import Config
-from zofl_jax.core import Algorithm, Task
+from zofl_jax.core import Algorithm, Array, Task
 from zofl_jax.directions.estimators import Estimator
 from zofl_jax.engine.rounds import Conditions
 from zofl_jax.runs import fingerprints
@@ -131,6 +133,7 @@ def build(config: Config, task: Task, root: keys.RootKeys) -> Conditions:
     for flag, asked, cause in (
         ("malicious_share", config.attack != "none", "attack"),
         ("late_joiners", config.late_joiners > 0, "late_joiners"),
+        ("warmup_share", config.warmup_share < 1, "warmup_share"),
     ):
         share = getattr(config, flag)
         if asked and not round(share * num_clients):
@@ -148,12 +151,8 @@ def build(config: Config, task: Task, root: keys.RootKeys) -> Conditions:
             adversary = attacks.Adversary(malicious, attack(config))
     attend = None
     trace = availability(config)
-    if config.dropout or config.deadline or config.late_joiners or trace is not None:
-        joins = None
-        if config.late_joiners:
-            joins = participation.late_joiners(
-                root.presence, num_clients, config.late_joiners, config.join_by
-            )
+    joins = _joins(config, root, num_clients)
+    if config.dropout or config.deadline or joins is not None or trace is not None:
         if isinstance(trace, tuple):
             trace = participation.day_and_night(num_clients, *trace)
         attend = participation.partial(
@@ -166,6 +165,23 @@ def build(config: Config, task: Task, root: keys.RootKeys) -> Conditions:
             joins=joins,
         )
     return Conditions(attend, adversary, config.max_message)
+
+
+def _joins(config: Config, root: keys.RootKeys, num_clients: int) -> Array | None:
+    """Returns the first round of each client, [num_clients]; None where all start at 0."""
+    found = []
+    if config.late_joiners:
+        found.append(
+            participation.late_joiners(
+                root.presence, num_clients, config.late_joiners, config.join_by
+            )
+        )
+    if config.warmup_share < 1:
+        key = jax.random.fold_in(root.presence, keys.name_id("warmup"))
+        at = jax.random.permutation(key, num_clients)
+        able = at < round(config.warmup_share * num_clients)
+        found.append(jnp.where(able, 0, config.warmup_rounds))
+    return functools.reduce(jnp.maximum, found) if found else None
 
 
 def attack(config: Config) -> attacks.Attack | None:

@@ -41,6 +41,7 @@ class MessageSizes(NamedTuple):
     params: int  # the first synchronisation; also one dense exchange, one way
     sync: int | None = None  # the message of a `core.Sync`, if the algorithm has one
     sync_alone: bool = False  # whether a new client needs nothing else
+    sync_since: int = 0  # the round whose state it adds to, where it does not stand alone
 
 
 class MessageShapes(NamedTuple):
@@ -50,6 +51,7 @@ class MessageShapes(NamedTuple):
     broadcast: Any
     sync: Any  # None without a `core.Sync`
     sync_alone: bool
+    sync_since: int = 0
 
 
 class RoundBytes(NamedTuple):
@@ -94,7 +96,9 @@ def message_shapes(
         return upload, algorithm.aggregate(uploads, jnp.ones(cohort)), message
 
     shapes = jax.eval_shape(exchange, key, params, batches)
-    return MessageShapes(shapes[0], shapes[1], shapes[2], sync is not None and sync.alone)
+    if sync is None:
+        return MessageShapes(shapes[0], shapes[1], None, False)
+    return MessageShapes(shapes[0], shapes[1], shapes[2], sync.alone, sync.since)
 
 
 def message_sizes(
@@ -111,6 +115,7 @@ def message_sizes(
         params=tree_bytes(params),
         sync=None if shapes.sync is None else tree_bytes(shapes.sync),
         sync_alone=shapes.sync_alone,
+        sync_since=shapes.sync_since,
     )
 
 
@@ -121,6 +126,15 @@ def tree_bytes(tree: Any) -> int:
     24
     """
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+class _SyncPoint(NamedTuple):
+    """A message that brings a client to the state of a round."""
+
+    round: int
+    size: int
+    alone: bool
+    since: int
 
 
 class Ledger:
@@ -144,6 +158,10 @@ class Ledger:
         self.dense_bytes = 0
         # replay_bytes[t]: the seeds and broadcasts of the rounds before t.
         self._replay_bytes = [0]
+        # Of each client, the round whose state it holds; and the last messages of earlier phases.
+        self._held = np.zeros(num_clients, np.int64)
+        self._sync_points: list[_SyncPoint] = []
+        self._sizes: MessageSizes | None = None
 
     @property
     def num_rounds(self) -> int:
@@ -176,9 +194,9 @@ class Ledger:
         """
         members = np.asarray(cohort, np.int64)
         now = self.num_rounds
-        last = self.last_round[members]
+        self._begin(sizes)
         sent_until_now = self._replay_bytes[now]
-        starts = [self._bring_up_to_date(seen, sizes) for seen in last.tolist()]
+        starts = [self._bring_up_to_date(client, sizes) for client in members.tolist()]
         counted = RoundBytes(
             upload=(members.size if num_uploads is None else num_uploads) * sizes.upload,
             seed=members.size * sizes.seed,
@@ -187,6 +205,8 @@ class Ledger:
             first_sync=sum(first for _, first in starts),
         )
         self.last_round[members] = now
+        # With a sync message the broadcast of a client's last round was not sent to it.
+        self._held[members] = now + (sizes.sync is None)
         self._replay_bytes.append(sent_until_now + sizes.seed + sizes.broadcast)
         self.totals = RoundBytes(*(a + b for a, b in zip(self.totals, counted, strict=True)))
         self.participations += members.size
@@ -196,17 +216,56 @@ class Ledger:
         self.dense_bytes += 2 * members.size * sizes.params
         return counted
 
-    def _bring_up_to_date(self, last: int, sizes: MessageSizes) -> tuple[int, int]:
+    def _begin(self, sizes: MessageSizes) -> None:
+        """Takes note of the messages that a phase leaves behind, if these sizes begin another."""
+        if self._sizes not in (None, sizes):
+            self._sync_points += _sync_points(self.num_rounds, self._sizes)
+        self._sizes = sizes
+
+    def _bring_up_to_date(self, client: int, sizes: MessageSizes) -> tuple[int, int]:
         """Returns the bytes of catch-up and of first synchronisation of one client."""
-        new = last == participation.NEVER
-        # With a sync message the broadcast of its last round was not sent to it either.
-        held = 0 if new else last + (sizes.sync is None)
-        missed = self._replay_bytes[-1] - self._replay_bytes[held]
+        now, held = self.num_rounds, int(self._held[client])
+        new = self.last_round[client] == participation.NEVER
+        points = [*self._sync_points, *_sync_points(now, sizes)]
+        catch_up, first = self._cheapest(held, now, sizes.params if new else 0, points)
         if new and sizes.sync is not None and sizes.sync_alone:
-            return 0, min(sizes.sync, sizes.params + missed)
-        catch_up = missed if sizes.sync is None else min(sizes.sync, missed)
-        return catch_up, sizes.params if new else 0
+            return 0, catch_up + first
+        return catch_up, first
+
+    def _cheapest(
+        self, held: int, until: int, params: int, points: Sequence[_SyncPoint]
+    ) -> tuple[int, int]:
+        """Returns the least bytes of catch-up and of first synchronisation.
+
+        Args:
+          held: the round whose state the client has, once it has the initial params.
+          until: the round whose state it needs.
+          params: the size of the initial params that it has not, 0 of one that has them.
+          points: the messages that there are.
+        """
+        sent = self._replay_bytes
+        ways = [(sent[until] - sent[held], params)]
+        for point in points:
+            adds = point.alone or point.since < point.round
+            if not (adds and held < point.round <= until):
+                continue
+            after = sent[until] - sent[point.round]
+            if point.alone:
+                ways.append((after, point.size) if params else (after + point.size, 0))
+            else:
+                # It adds to a state that the client has had, or is brought to first.
+                base = (0, params)
+                if held < point.since:
+                    base = self._cheapest(held, point.since, params, points)
+                ways.append((base[0] + point.size + after, base[1]))
+        return min(ways, key=sum)
 
     def per_client(self, total: int) -> float:
         """Returns a total as a mean over the population, in bytes."""
         return total / self.num_clients
+
+
+def _sync_points(round_index: int, sizes: MessageSizes | None) -> list[_SyncPoint]:
+    if sizes is None or sizes.sync is None:
+        return []
+    return [_SyncPoint(round_index, sizes.sync, sizes.sync_alone, sizes.sync_since)]

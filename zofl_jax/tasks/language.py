@@ -274,6 +274,43 @@ def generation(
     return LanguageTask(task, model, None, right, reserved, num_truncated)
 
 
+def encoded_texts(model: LanguageModel, texts: Sequence[str], limit: int) -> Batch:
+    """Returns texts as {"tokens": int32 [n, T], "length": int32 [n]}, padded on the left.
+
+    Those of more than `limit` tokens, or than the model's positions, lose their beginning.
+    """
+    ids = [encoding.prompt_ids(model.tokenizer, text) for text in texts]
+    kept = len(model.tokenizer.prefix)
+    most = min(limit, model.config.max_positions)
+    encoded = encoding.pad_left(ids, most, model.tokenizer.pad_id, kept)
+    return {"tokens": encoded.tokens, "length": encoded.length}
+
+
+def next_token_loss(model: LanguageModel) -> LossFn:
+    """Returns (params, what `encoded_texts` returns) -> the mean cross-entropy of each next token.
+
+    The mean is over a text's tokens and then over texts, which are evaluated one by one: the scores
+    of all tokens of a text are as many as its length times the vocabulary.
+    """
+
+    def of_one(params: Params, tokens: Array, length: Array) -> Array:
+        whole, size = model.params(params), tokens.size
+        mask = jnp.arange(size) >= size - length
+        features = transformer.hidden(model.config, whole, tokens[None], mask[None])[:, :-1]
+        scores = transformer.logits(model.config, whole, features)[0]
+        losses = optax.softmax_cross_entropy_with_integer_labels(scores, tokens[1:])
+        # A text of one token has no next one.
+        real = mask[:-1]
+        return jnp.sum(jnp.where(real, losses, 0)) / jnp.maximum(jnp.sum(real), 1)
+
+    def loss(params: Params, batch: Batch) -> Array:
+        one = jax.checkpoint(functools.partial(of_one, params))
+        losses: Array = jax.lax.map(lambda each: one(*each), (batch["tokens"], batch["length"]))
+        return jnp.mean(losses)
+
+    return loss
+
+
 def stop_ids(model: LanguageModel) -> tuple[int, ...]:
     r"""Returns the tokens that end a written answer: those with a line break, and ends of texts.
 
