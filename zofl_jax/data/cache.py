@@ -14,6 +14,11 @@ def compiled() -> Path:
     return folder() / "xla"
 
 
+def digits(version: str) -> Path:
+    """Returns where the digits of a version of scikit-learn are kept."""
+    return folder() / f"digits-{version}.npz"
+
+
 def language_model() -> Path:
     """Returns where `make smollm2` puts its model."""
     return folder() / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
