@@ -1,4 +1,4 @@
-"""Where what was fetched and compiled is kept: the user's cache folder."""
+"""Where what was fetched, compiled and read is kept: the user's cache folder."""
 
 import os
 from pathlib import Path
