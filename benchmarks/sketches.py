@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for kind, make in KINDS.items():
             for by_block in (True, False):
                 chosen = sketch(count, make(), by_block=by_block)
+                scalars = jax.jit(jax.vmap(chosen.measure, (None, 0)))(key, x)[0]
                 for part in (measured, expanded):
                     fn = functools.partial(part, chosen)
-                    scalars = jax.vmap(chosen.measure, (None, 0))(key, x)[0]
                     compiled = compilation.compiled(fn, (key, x, scalars))
                     names.append((title, kind, by_block, part.__name__, scalars.size))
                     jobs.append(functools.partial(_wait, compiled, key, x, scalars))

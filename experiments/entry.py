@@ -1,6 +1,7 @@
 """What every entry point does before and after its own work."""
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -59,6 +60,8 @@ def run(main: Callable[[], None], interrupted: str = "stopped") -> None:
         folder = flags.FLAGS.compilation_cache
         if folder is None:
             folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache.compiled()
+        if not gc.get_freeze_count():
+            gc.freeze()  # what was imported is no garbage, and need not be gone through again
         if folder:
             jax.config.update("jax_compilation_cache_dir", str(folder))
         try:

@@ -20,12 +20,13 @@ ROOT = Path(__file__).parents[1]
 # Runs commands of one entry point one after the other, each as it would end in a process of its
 # own. A line of the input holds folder and arguments; one of the output says how that ended.
 IN_TURN = """
-import importlib, json, os, sys, tempfile, traceback
+import gc, importlib, json, os, sys, tempfile, traceback
 from absl.testing import flagsaver
 from experiments import entry
 
 name = sys.argv[1]
 main = importlib.import_module(f"experiments.{name}").main
+gc.set_threshold(100_000, 20, 20)  # as in conftest.py
 answers, console = os.fdopen(os.dup(1), "w"), os.dup(2)
 for line in sys.stdin:
     folder, arguments = json.loads(line)

@@ -94,9 +94,9 @@ def cache() -> Path:
     return cache_folder()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def processes() -> Iterator[Processes]:
-    """The processes in which the commands of a module's tests run in turn."""
+    """The processes in which the commands of tests run in turn."""
     with contextlib.closing(Processes()) as processes:
         yield processes
 

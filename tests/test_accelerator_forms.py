@@ -59,8 +59,9 @@ def test_convolutions_of_low_rank_sums_are_those_of_the_kernels(model, images, c
     assert perturbation.combine is not None
     sum_of = perturbation.combine(params, directions, scalars)
     with platforms.tracing(GPU):
-        found = structured.evaluate(loss, sum_of, images)
-    np.testing.assert_allclose(found, loss(sums.arrays(sum_of), images), rtol=1e-5)
+        found = jax.jit(lambda *given: structured.evaluate(loss, *given))(sum_of, images)
+    expected = jax.jit(lambda x, images: loss(sums.arrays(x), images))(sum_of, images)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_no_perturbed_kernel_is_formed(model, images):
@@ -75,12 +76,13 @@ def test_no_perturbed_kernel_is_formed(model, images):
 
     with platforms.tracing(GPU):
         shapes = shapes_in(jax.make_jaxpr(measure)(params, images))
-        scalars = measure(params, images)
+        scalars = jax.jit(measure)(params, images)
     kernel = params["conv2"]["kernel"].size
     assert not [
         shape for shape in shapes if shape[:1] in ((7,), (8,)) and kernel * 7 <= np.prod(shape)
     ]
-    np.testing.assert_allclose(scalars, measure(params, images), rtol=2e-2, atol=2e-3)
+    plain = jax.jit(lambda *given: measure(*given))(params, images)  # traced anew
+    np.testing.assert_allclose(scalars, plain, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("make", [perturbations.gaussian, perturbations.rademacher])
@@ -94,15 +96,17 @@ def test_directions_are_the_same_numbers(make, monkeypatch):
     }
     perturbation, key = make(), jax.random.key(3)
     scalars = jnp.asarray([0.5, -1.0, 2.0])
-    found = []
-    for target in (platforms.current(), GPU, platforms.Target("cpu", split=True)):
+
+    def for_target(target):
+        def both(params, scalars):
+            drawn = sums.arrays(perturbation.sample(key, params))
+            return drawn, perturbation.accumulate(keys.direction_keys(key, 3), params, scalars)
+
         with platforms.tracing(target):
-            found.append(
-                (
-                    sums.arrays(perturbation.sample(key, params)),
-                    perturbation.accumulate(keys.direction_keys(key, 3), params, scalars),
-                )
-            )
+            return jax.jit(both)(params, scalars)
+
+    targets = (platforms.current(), GPU, platforms.Target("cpu", split=True))
+    found = [for_target(target) for target in targets]
     # Signs to the bit; normals go through a polynomial, fused in one way or another.
     close = 0 if make is perturbations.rademacher else 1e-6
     for drawn, total in found[1:]:

@@ -130,7 +130,6 @@ def test_the_decoders_whose_precision_is_measured(name, size):
     np.testing.assert_array_equal(task.test["tokens"][marks] >= case.marks // 2, task.test["label"])
 
 
-@pytest.mark.optimized  # threefry4x32, of which else nothing is left but recomputation
 def test_sketches_cost(tmp_path):
     rows = run(sketches, tmp_path)["rows"]
     assert {row["kind"] for row in rows} == set(sketches.KINDS)
@@ -138,6 +137,7 @@ def test_sketches_cost(tmp_path):
     assert {row["directions"] for row in rows if not row["by_block"]} == {sketches.SMOKE_COUNT}
 
 
+@pytest.mark.optimized  # threefry4x32, of which else nothing is left but recomputation
 def test_generators_rates(tmp_path):
     result = run(generators, tmp_path)
     assert result["rates"].keys() == set(keys.IMPLEMENTATIONS)
@@ -228,7 +228,7 @@ def test_the_pytorch_client_measures_the_same_scalars():
     key = jax.random.key(1)
     rows = np.arange(work.local_steps * work.batch).reshape(work.local_steps, work.batch)
     batches = jax.tree.map(lambda x: jnp.asarray(x[rows]), work.task.test)
-    ours = algorithm.client(key, algorithm.init(params), (), batches, key).upload
+    ours = jax.jit(algorithm.client)(key, algorithm.init(params), (), batches, key).upload
 
     def vector(tree):
         """Returns the leaves in PyTorch's order and layout, [d]."""
@@ -248,9 +248,13 @@ def test_the_pytorch_client_measures_the_same_scalars():
     torch.nn.utils.vector_to_parameters(vector(params), model.parameters())
     client = compare_pytorch.TorchClient(model, work, loss)
 
-    def direction(step, index):
+    @jax.jit
+    def drawn(step, index):
         chosen = keys.direction_keys(keys.step_key(key, step), work.num_perturbations)[index]
-        return vector(workloads.perturbation("gaussian").sample(chosen, params))
+        return workloads.perturbation("gaussian").sample(chosen, params)
+
+    def direction(step, index):
+        return vector(drawn(step, index))
 
     draw = compare_pytorch.torch_batches(work)
     theirs = compare_pytorch.measure(client, direction, [draw() for _ in range(work.local_steps)])

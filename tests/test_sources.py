@@ -69,6 +69,30 @@ def test_digits_are_a_fixed_stratified_split():
     assert data.test["label"][:10].tolist() == [5, 0, 9, 8, 7, 1, 2, 6, 3, 4]
 
 
+def test_digits_are_kept_and_damage_is_made_good(tmp_path, monkeypatch):
+    expected = sources.digits()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    same = [sources.digits()]
+    (file,) = (tmp_path / "zofl_jax").iterdir()
+    whole = file.read_bytes()
+    for data in (whole[:-20], b"", whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
+        file.write_bytes(data)
+        same.append(sources.digits())
+        assert file.read_bytes() == whole
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # none is needed any more
+    same.append(sources.digits())
+    for found in same:
+        for split in ("train", "test"):
+            for name, array in getattr(found, split).items():
+                np.testing.assert_array_equal(array, getattr(expected, split)[name], strict=True)
+
+
+def test_digits_need_no_cache(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(sources.digits().train["label"]) == 1442
+
+
 @pytest.mark.parametrize(
     "rename",
     [

@@ -125,19 +125,27 @@ def low_rank_sums(rank: int) -> tuple:
 @pytest.mark.parametrize("rank", [1, 6])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_low_rank_sums_act_as_their_arrays(x64, name, rank):
-    """Narrow and wide terms; alone, and with clients' own coefficients on shared directions."""
+    """Narrow and wide terms; alone, and with clients' own coefficients on shared directions.
+
+    Convolutions, whose form hangs on the width, have all four pairs. Any other function has both
+    widths and both ways, and which are together alternates from one to the next: the ways differ in
+    `vmap` alone.
+    """
     fn, (one, many, axes) = FUNCTIONS[name], low_rank_sums(rank)
+    all_pairs = name in ("convolution", "few channels")
+    is_even = list(FUNCTIONS).index(name) % 2 == 0
 
     def both(near):
         return structured.evaluate(fn, near, A), fn(sums.arrays(near), A)
 
-    (found, expected), plain = jax.jit(lambda near, x: (both(near), fn(x, A)))(one, params())
     tolerance = 1e-5 if name == "rounded" else 1e-12
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
-    assert np.abs(np.asarray(expected) - np.asarray(plain)).max() > 1e-3, "it changes something"
-
-    found, expected = jax.jit(jax.vmap(both, in_axes=(axes,)))(many)
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+    if all_pairs or (rank == 1) == is_even:
+        (found, expected), plain = jax.jit(lambda near, x: (both(near), fn(x, A)))(one, params())
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+        assert np.abs(np.asarray(expected) - np.asarray(plain)).max() > 1e-3, "it changes something"
+    if all_pairs or (rank == 1) != is_even:
+        found, expected = jax.jit(jax.vmap(both, in_axes=(axes,)))(many)
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["stack", "product", "loop", "returned"])

@@ -323,7 +323,7 @@ def test_mistakes_end_with_one_sentence_and_leave_nothing(copied, commands):
 
 
 def test_mistakes_in_a_command_by_itself(commands):
-    ended = commands.train("--num_clients=0", "--workdir=new")
+    ended = commands.in_turn("train", "--num_clients=0", "--workdir=new")
     assert ended.code == 1 and ended.out == ""
     assert ended.err == "error: --num_clients must be >= 1, got 0\n"
     ended = commands.train("--num_clients=many", "--workdir=new")

@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from commands import summary_of
+from commands import Commands, summary_of
 from flag_lines import build, resolve
 
 from experiments import tuning
@@ -19,6 +19,12 @@ QUADRATIC = [
     *("--task=quadratic", "--quadratic_dim=50", "--effective_rank=5", "--momentum=0"),
     *("--local_steps=1", "--num_perturbations=8", "--estimator=projection", "--eval_every=10"),
 ]
+
+
+@pytest.fixture
+def commands(tmp_path, cache, processes):
+    """Runs commands whose bits are compared with nothing."""
+    return Commands(tmp_path, cache, processes, quick=True)
 
 
 def built(*arguments):
@@ -143,13 +149,14 @@ def test_a_trial_is_as_long_as_the_run_at_its_rate():
 def test_a_run_keeps_the_rate_it_found_and_its_diagnoses(commands):
     flags = [*QUADRATIC, "--workdir=run", "--noprogress", "--auto_lr", "--learning_rate=0.1"]
     flags.append("--schedule=40:lr=1e-3")
-    first, more, other, wrong = commands.train_each(
-        [
-            [*flags, "--rounds=20", "--diagnose_every=20"],
-            [*flags, "--rounds=40", "--diagnose_every=20"],
-            [*flags, "--rounds=40", "--noauto_lr"],
-            [*flags, "--rounds=40", "--diagnose_every=15"],
-        ]
+    first, more, other, wrong = (
+        commands.in_turn("train", *flags, *own)
+        for own in (
+            ["--rounds=20", "--diagnose_every=20"],
+            ["--rounds=40", "--diagnose_every=20"],
+            ["--rounds=40", "--noauto_lr"],
+            ["--rounds=40", "--diagnose_every=15"],
+        )
     )
     assert (first.code, more.code, other.code, wrong.code) == (0, 0, 1, 1)
     assert "note: --auto_lr tries learning rates for 7 rounds each, from 0.1 on\n" in first.err
@@ -175,7 +182,7 @@ def test_a_run_keeps_the_rate_it_found_and_its_diagnoses(commands):
 def test_a_run_that_stalls_far_above_its_start_has_diverged(commands):
     flags = ["--local_steps=1", "--num_perturbations=2", "--rounds=30", "--eval_every=30"]
     flags = [*flags, "--learning_rate=1e5", "--workdir=run", "--noprogress"]
-    ended, again = commands.train_each([flags, flags])
+    ended, again = (commands.in_turn("train", *flags) for _ in range(2))
     assert (ended.code, again.code) == (1, 1)
     warning, error = ended.err.splitlines()
     remedy = r"type --learning_rate=1e\+04 \(a tenth\), or --auto_lr, with another --workdir"

@@ -1,4 +1,4 @@
-"""Where what was fetched and compiled is kept: the user's cache folder."""
+"""Where what was fetched, compiled and read is kept: the user's cache folder."""
 
 import os
 from pathlib import Path
@@ -12,6 +12,11 @@ def folder() -> Path:
 def compiled() -> Path:
     """Returns the folder of compiled functions."""
     return folder() / "xla"
+
+
+def digits(version: str) -> Path:
+    """Returns where the digits of a version of scikit-learn are kept."""
+    return folder() / f"digits-{version}.npz"
 
 
 def language_model() -> Path:

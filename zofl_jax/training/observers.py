@@ -22,7 +22,7 @@ import numpy as np
 import tqdm
 
 from zofl_jax.engine import ledger, simulation
-from zofl_jax.observation import diagnostics, divergence, plots
+from zofl_jax.observation import diagnostics, divergence
 from zofl_jax.runs import recording
 from zofl_jax.runs.directory import Run, RunError
 from zofl_jax.training import summaries
@@ -367,6 +367,8 @@ class Figures(Observer):
         """Draws who has which labels, `labels.png`."""
         self._run, self._task_name = context.run, context.simulator.task.name
         if self._label_counts is not None:
+            from zofl_jax.observation import plots  # here: matplotlib is imported with it
+
             title = self._labels_title or self._task_name
             figure = plots.label_distribution(self._label_counts, title)
             self._run.save_figure("labels.png", figure)
@@ -375,6 +377,8 @@ class Figures(Observer):
         """Draws `rounds.png` and `bytes.png`; nothing before the first evaluation."""
         history = summary["history"]
         if history:
+            from zofl_jax.observation import plots
+
             title = summaries.title(summary, self._task_name)
             dense = summary["bytes_fedavg_per_client"] * summary["num_clients"] / summary["rounds"]
             self._run.save_figure("rounds.png", plots.accuracy_against_rounds(history, title))

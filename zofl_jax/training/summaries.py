@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 
 from zofl_jax.engine import passes, simulation
-from zofl_jax.observation import plots
 
 
 class About(NamedTuple):
@@ -142,6 +141,8 @@ def table(summary: Mapping[str, Any], remark: str = "") -> str:
 
 
 def _evaluations(history: Sequence[Mapping[str, Any]], num_clients: int) -> list[str]:
+    from zofl_jax.observation import plots  # here: matplotlib is imported with it
+
     lines = [
         f"{'round':>7} {'train loss':>11} {'test loss':>10} {'accuracy':>9} {'up':>9} {'down':>9}"
     ]
@@ -159,6 +160,8 @@ def _evaluations(history: Sequence[Mapping[str, Any]], num_clients: int) -> list
 
 
 def _sent(summary: Mapping[str, Any]) -> str:
+    from zofl_jax.observation import plots
+
     up, down, catch_up, first_sync = (
         plots.human_bytes(summary[f"bytes_{kind}_per_client"])
         for kind in ("up", "down", "catch_up", "first_sync")
