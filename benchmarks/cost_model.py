@@ -12,13 +12,14 @@ a round takes. Rows that FILE.json holds are kept: delete it to begin anew.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,7 @@ def measured(name: str, repeats: int, smoke: bool) -> dict[str, Any]:
         work.task.train.examples,
     )
     by_paper, by_xla = paper.make(simulator), forward_flops(work) * work.examples // work.batch
-    with tempfile.TemporaryDirectory() as folder:  # so that the round is compiled once
-        jax.config.update("jax_compilation_cache_dir", folder)
+    with _cache():
         compiled = plans.make(simulator)
         each = Rounds(simulator)
         each()
@@ -198,6 +198,18 @@ def _in_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
     command += ["--smoke"] if options.smoke else [f"--repeats={options.repeats}"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
+
+
+@contextlib.contextmanager
+def _cache() -> Iterator[None]:
+    """Keeps what is compiled inside the block, so that the round is compiled once."""
+    before = jax.config.jax_compilation_cache_dir
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", before)
 
 
 def _process_peak(each: Rounds) -> int:
