@@ -203,7 +203,7 @@ def _in_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def _cache() -> Iterator[None]:
     """Keeps what is compiled inside the block, so that the round is compiled once."""
-    before = jax.config.jax_compilation_cache_dir
+    before = getattr(jax.config, "jax_compilation_cache_dir", None)
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         try:
