@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from zofl_jax.engine.exhaustion import in_words
+from zofl_jax.planning.plans import UNKNOWN
 
 
 def table(results: Path) -> str:
@@ -21,17 +22,23 @@ def table(results: Path) -> str:
     for path in sorted((results / "plans").glob("*.json")):
         plan = json.loads(path.read_text())
         memory, mesh, times = plan["memory_bytes_a_device"], plan["mesh"], plan["seconds_at_peak"]
+        estimated = "" if plan.get("compiled", True) else ", estimated, not compiled"
+        clients = plan["clients_a_second_at_most"]
         cells = [
             plan["flags"]["architecture"],
-            f"{mesh['clients'] * mesh['model']} {plan['device']}",
+            f"{mesh['clients'] * mesh['model']} {plan['device']}{estimated}",
             f"{mesh['clients']} x {mesh['model']}",
             f"{in_words(memory['needed'])} of {in_words(memory['limit'])}",
             f"{plan['flops_a_round']:.2e}",
-            in_words(plan["memory_traffic_bytes_a_device"]),
-            in_words(plan["sent_bytes_a_device"]),
-            ", ".join(f"{1000 * seconds:.3g}" for seconds in times.values()) + " ms",
-            plan["saturates_first"],
-            f"{plan['clients_a_second_at_most']:.0f}",
+            _size(plan["memory_traffic_bytes_a_device"]),
+            _size(plan["sent_bytes_a_device"]),
+            ", ".join(UNKNOWN if s is None else f"{1000 * s:.3g}" for s in times.values()) + " ms",
+            plan["saturates_first"] or UNKNOWN,
+            UNKNOWN if clients is None else f"{clients:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _size(size: int | None) -> str:
+    return UNKNOWN if size is None else in_words(size)

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plans, speed
+from benchmarks import cost_model, plans, speed
 from experiments import theory
 from zofl_jax.observation.plots import human_bytes
 
@@ -29,7 +29,10 @@ def main() -> None:
         ROOT / "README.md",
         {"results": fashion_table(), "theory": theory_table(), "speed": speed.table(RESULTS)},
     )
-    write(ROOT / "docs" / "scaling.md", {"plans": plans.table(RESULTS)})
+    write(
+        ROOT / "docs" / "scaling.md",
+        {"plans": plans.table(RESULTS), "cost model": cost_model.table(RESULTS)},
+    )
 
 
 def write(path: Path, tables: dict[str, str]) -> None:

@@ -7,7 +7,8 @@
 The round of these flags is compiled for the devices of --topology by the TPU's own compiler (extra
 `[plan]`), or for this machine's. Memory, FLOPs, traffic and the times that peak rates allow are
 printed. What doesn't fit is refused. A run with a warm-up has a plan of that first, and then one of
-the rounds after it.
+the rounds after it. The compiler for GPUs needs one, so --topology=h100:64 is estimated from the
+traced round instead, and says so.
 """
 
 import json
@@ -22,7 +23,7 @@ from zofl_jax.configuration.resolve import resolve
 from zofl_jax.engine import placement
 from zofl_jax.engine.simulation import Simulator
 from zofl_jax.models import architectures
-from zofl_jax.planning import plans, topologies
+from zofl_jax.planning import paper, plans, topologies
 
 from . import devices, entry
 from . import flags as settings
@@ -30,7 +31,8 @@ from . import flags as settings
 flags.DEFINE_string(
     "topology",
     None,
-    "TPUs to compile for, as v5e:4x4, v5p:4x4x8 or v6e:16x16; this machine's devices unless given.",
+    "TPUs to compile for, as v5e:4x4, v5p:4x4x8 or v6e:16x16, or GPUs to estimate for, as h100:64; "
+    "this machine's devices unless given.",
 )
 flags.DEFINE_string(
     "architecture",
@@ -58,8 +60,9 @@ def main() -> None:
         simulator = _simulator(config)
         narrow = config.kind == "texts" and (config.matmul_dtype or config.dtype) != "float32"
         factors = "bfloat16" if narrow else "float32"
-        warmup = plans.make(simulator, factors=factors) if config.warmup_rounds else None
-        plan = plans.make(simulator, phase=1 if warmup else 0, factors=factors)
+        make = paper.make if _on_paper() else plans.make
+        warmup = make(simulator, factors=factors) if config.warmup_rounds else None
+        plan = make(simulator, phase=1 if warmup else 0, factors=factors)
     for title, made in ((config.warmup, warmup), (config.algorithm, plan)):
         if made is None:
             continue
@@ -96,6 +99,10 @@ def _simulator(config: Config) -> Simulator:
         return build(config, chosen).simulator
     architecture = architectures.named(FLAGS.architecture)
     return of_architecture(config, architecture, FLAGS.sequence_length, chosen)
+
+
+def _on_paper() -> bool:
+    return bool(FLAGS.topology) and topologies.is_abstract(FLAGS.topology)
 
 
 def _given() -> dict[str, object]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    cost_model,
     dispatch,
     generators,
     learning_rates,
@@ -57,6 +58,15 @@ def test_round_writes_what_it_promises(tmp_path):
     assert result["seconds_per_round"] > 0
     assert result["speedup_over_differences"] > 0
     assert result["peak_memory_bytes"] > result["params_bytes"]
+
+
+def test_a_plan_is_compared_with_a_round():
+    row = cost_model.measured("perceptron on 8 x 8 images", repeats=1, smoke=True)
+    # XLA counts other operations than products too.
+    assert row["flops_predicted"] < 1.1 * row["flops_by_xla"]
+    assert row["flops_by_xla"] < 1.5 * row["flops_predicted"]
+    assert row["memory_by_check"] <= row["memory_by_compiler"]
+    assert row["ratio_to_bound"] > 0 and row["memory_of_process"] > 0
 
 
 def test_a_round_is_compared_with_as_many_examples():

@@ -10,9 +10,9 @@ from jaxprs import shapes_in
 
 from zofl_jax import keys
 from zofl_jax.directions import jaxprs, perturbations, structured, sums
-from zofl_jax.engine import compilation
+from zofl_jax.engine import compilation, placement
 from zofl_jax.models import convolution
-from zofl_jax.planning import costs, programs
+from zofl_jax.planning import costs, programs, topologies
 
 W, X = np.ones((3, 4, 4), np.float32), np.ones((2, 4), np.float32)
 
@@ -250,6 +250,20 @@ def test_the_text_of_compiled_programs_is_read():
     assert 5 * layer <= few.traffic < 20 * layer
     assert few.traffic + 10 * layer <= more.traffic <= 3.1 * few.traffic
     assert few.collectives == {}
+
+
+def test_a_mesh_may_be_of_devices_that_are_known_by_their_kind():
+    """`planning.topologies` makes one for GPUs, and `Placement` asks for the kind."""
+    mesh = topologies.mesh("h100:4", placement.Shape(2, 2))
+    where = placement.Placement(mesh)
+    assert (where.platform, where.is_there, where.split) == ("gpu", False, 2), (
+        "an abstract mesh tells its devices in another way: see planning.topologies"
+    )
+    spread = where.shapes({"w": X}, {"w": X})["w"]
+    assert spread.sharding.shard_shape(spread.shape) == (2, 2)
+    fn = where.over_devices(lambda shared, each: shared["w"].sum() * each, {"w": X})
+    program, _ = jaxprs.trace(fn, {"w": X}, jnp.ones(2))
+    assert "shard_map" in [equation.primitive.name for equation in program.jaxpr.eqns]
 
 
 def test_the_flops_of_products_are_read():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from zofl_jax import keys, precision
 from zofl_jax.algorithms import METHODS
@@ -55,7 +55,7 @@ class Experiment(NamedTuple):
         return (*self.notes, *own)
 
 
-Devices = int | placement.Shape | Mesh | None
+Devices = int | placement.Shape | Mesh | AbstractMesh | None
 """How many devices clients are shared out over, the shape of a mesh, or a mesh, whose devices need
 not be there; None for what is usual."""
 
@@ -119,9 +119,6 @@ def of_architecture(
     """
     if config.kind != "texts":
         raise ValueError(f"--architecture is a language model, and --task={config.task} no texts")
-    for name in ("lora_rank", "train_only"):
-        if config.get(name):
-            raise ValueError(f"--{name} needs weights, which --architecture has none of")
     if config.mask != "none":
         raise ValueError(f"--mask={config.mask} needs weights, which --architecture has none of")
     model = dataclasses.replace(
@@ -132,6 +129,9 @@ def of_architecture(
     )
     whole = config.objective != "cross_entropy"
     task = tokens.random_task(model, config.num_clients, config.batch_size, length, whole=whole)
+    if config.lora_rank or config.train_only:
+        root = keys.root(config.seed, config.prng_impl)
+        task = tokens.partly_trained(task, functools.partial(texts.divided, config, root))
     return _simulator(config, task, _mesh(config, devices))[0]
 
 
@@ -316,7 +316,10 @@ def rebuild(
 
 
 def _simulator(
-    config: Config, task: Task, mesh: Mesh | None, calibration: public.Calibration | None = None
+    config: Config,
+    task: Task,
+    mesh: Mesh | AbstractMesh | None,
+    calibration: public.Calibration | None = None,
 ) -> tuple[simulation.Simulator, Config]:
     """Returns the simulator, and the config with what was chosen for its devices."""
     of_texts = config.kind == "texts"
@@ -414,8 +417,8 @@ def _expected_memory(config: Config, simulator: simulation.Simulator) -> tuple[s
     )
 
 
-def _mesh(config: Config, devices: Devices) -> Mesh | None:
-    if isinstance(devices, Mesh):
+def _mesh(config: Config, devices: Devices) -> Mesh | AbstractMesh | None:
+    if isinstance(devices, Mesh | AbstractMesh):
         return devices
     if isinstance(devices, placement.Shape):
         return _mesh_of(devices)

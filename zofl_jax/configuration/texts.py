@@ -16,8 +16,10 @@ import numpy as np
 from zofl_jax import keys
 from zofl_jax.configuration import kinds, partitions
 from zofl_jax.configuration.config import Config
+from zofl_jax.core import Params, PRNGKey
 from zofl_jax.data import cache, partition
 from zofl_jax.data import text as text_data
+from zofl_jax.models import lora
 from zofl_jax.runs import fingerprints
 from zofl_jax.tasks import catalogue, prompts
 
@@ -135,8 +137,25 @@ def load_model(config: Config, root: keys.RootKeys) -> "LanguageModel":
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_pattern=config.lora_pattern,
-        key=jax.random.fold_in(root.init, keys.name_id("lora")),
+        key=_adapters_key(root),
     )
+
+
+def divided(config: Config, root: keys.RootKeys, params: Params) -> tuple[Params, Params]:
+    """Returns (trained, frozen) as `--lora_rank` or `--train_only` says, one of which is given.
+
+    Raises:
+      ValueError: for a pattern that matches nothing, or a rank larger than a matrix.
+    """
+    if config.lora_rank:
+        given = (config.lora_pattern, config.lora_rank, config.lora_alpha, _adapters_key(root))
+        return lora.add(params, *given)
+    pattern = str(config.train_only)
+    return lora.split(params, lambda path: bool(re.search(pattern, path)))
+
+
+def _adapters_key(root: keys.RootKeys) -> PRNGKey:
+    return jax.random.fold_in(root.init, keys.name_id("lora"))
 
 
 def _read(config: Config) -> text_data.TextData:

@@ -139,7 +139,7 @@ def memory_available(where: placement.Placement = placement.ONE_DEVICE) -> int:
     It is that of the first local device, and the published one of devices that aren't there.
     """
     if where.mesh is not None and not where.is_there:
-        chip = hardware.of(where.mesh.devices.flat)
+        chip = hardware.of(where.devices())
         return chip.memory if chip else 0
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:

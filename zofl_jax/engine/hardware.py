@@ -74,7 +74,9 @@ def of(devices: Iterable[Any]) -> Chip | None:
     found = [chip for chip in CHIPS if listed[0].device_kind.startswith(chip.kind)]
     if not found:
         return None
-    places = {tuple(getattr(d, "coords", None) or (d.id,)) for d in listed}
+    places = {
+        tuple(getattr(d, "coords", None) or (getattr(d, "id", at),)) for at, d in enumerate(listed)
+    }
     return max(found, key=lambda chip: len(chip.kind)).over(max(1, len(listed) // len(places)))
 
 

@@ -10,7 +10,8 @@ products' parts (the activations of a layer); directions are drawn where they ar
 device its own part, since a number of theirs is a function of the key and its place alone.
 
 The devices need not be there: on those of a topology (`planning.topologies`) arrays are their
-shapes with shardings, from which a round is compiled all the same.
+shapes with shardings, from which a round is compiled all the same. On an abstract mesh, whose
+devices are known by their kind alone, it can be traced.
 
 The data are on every device, unless the mesh spans several processes (`processes.py`): then each
 holds a block of clients, and the batches of a cohort go from the device that holds a client to the
@@ -30,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from zofl_jax import keys, platforms
 from zofl_jax.core import Array, Batch, ClientData, Layout, Params
@@ -129,16 +130,28 @@ def make_mesh(
 
 def mesh_of(chosen: Sequence[Any], clients: int | None, model: int) -> Mesh:
     """Returns `make_mesh` of these devices, also where it is a single one."""
-    groups = len(chosen) // model if clients is None else clients
-    if not 1 <= groups * model <= len(chosen):
+    sizes, names = axes_of(len(chosen), clients, model)
+    # Not `jax.make_mesh`, which may order them otherwise: who computes what is to be told by rank.
+    grid = np.array(chosen[: math.prod(sizes)]).reshape(sizes)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def axes_of(count: int, clients: int | None, model: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Returns the sizes and the names of a mesh's axes on `count` devices.
+
+    Raises:
+      ValueError: if there are too few devices.
+
+    >>> axes_of(8, None, 2)
+    ((4, 2), ('clients', 'model'))
+    """
+    groups = count // model if clients is None else clients
+    if not 1 <= groups * model <= count:
         raise ValueError(
             f"a mesh of {CLIENTS}:{groups or 1},{MODEL}:{model} needs {(groups or 1) * model} "
-            f"devices, and there are {len(chosen)}"
+            f"devices, and there are {count}"
         )
-    shape, names = ((groups,), (CLIENTS,)) if model == 1 else ((groups, model), (CLIENTS, MODEL))
-    # Not `jax.make_mesh`, which may order them otherwise: who computes what is to be told by rank.
-    grid = np.array(chosen[: groups * model]).reshape(shape)
-    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+    return ((groups,), (CLIENTS,)) if model == 1 else ((groups, model), (CLIENTS, MODEL))
 
 
 def clients_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh | None:
@@ -159,11 +172,11 @@ class Placement:
     """A mesh, and where on it params, state, data and messages are.
 
     Attributes:
-      mesh: None for one device.
+      mesh: None for one device. Of an abstract one `abstract_device` says what its devices are.
       layout: how params are split over the axis `model`; by their largest axis unless given.
     """
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
     layout: Layout | None = None
 
     @property
@@ -186,14 +199,24 @@ class Placement:
         """Of its devices: "cpu", "gpu" or "tpu"."""
         if self.mesh is None:
             return jax.default_backend()
-        kind = self.mesh.devices.flat[0].platform
+        kind = self.devices()[0].platform
         return "gpu" if kind in ("cuda", "rocm") else kind
+
+    def devices(self) -> list[Any]:
+        """Returns the devices, those of a group in a row; of an abstract mesh one and the same."""
+        if self.mesh is None:
+            return jax.local_devices()[:1]
+        if isinstance(self.mesh, AbstractMesh):
+            return [self.mesh.abstract_device] * self.num_devices
+        return list(self.mesh.devices.flat)
 
     @functools.cached_property
     def is_there(self) -> bool:
         """Whether its devices can be used; those of a topology can't."""
         if self.mesh is None:
             return True
+        if isinstance(self.mesh, AbstractMesh):
+            return False
         first = self.mesh.devices.flat[0]
         try:
             return first in jax.devices(first.platform)
@@ -202,14 +225,16 @@ class Placement:
 
     @property
     def spans_processes(self) -> bool:
-        """Whether some devices are another process's."""
+        """Whether some devices are another process's; those of an abstract mesh are taken to be."""
         mesh = self.mesh
+        if isinstance(mesh, AbstractMesh):
+            return mesh.size > 1
         return mesh is not None and len({d.process_index for d in mesh.devices.flat}) > 1
 
     @property
     def splits_processes(self) -> bool:
         """Whether params are split over devices of several processes: none has them all."""
-        if self.mesh is None or self.split == 1:
+        if self.mesh is None or self.split == 1 or isinstance(self.mesh, AbstractMesh):
             return False
         return any(len({d.process_index for d in group}) > 1 for group in self.mesh.devices)
 
@@ -236,6 +261,8 @@ class Placement:
         processes together.
         """
         if self.mesh is None or not self.spans_processes or self.splits_processes:
+            return self
+        if isinstance(self.mesh, AbstractMesh):
             return self
         here = jax.process_index()
         owned = [d for d in self.mesh.devices.flat if d.process_index == here]
@@ -374,8 +401,12 @@ class Placement:
             def share(leaf: Array) -> Array:
                 found = leaf[jnp.where(mine, at, 0)]
                 mask = mine.reshape(*mine.shape, *[1] * (found.ndim - mine.ndim))
-                zero = jnp.zeros((), leaf.dtype)
-                return jax.lax.psum(jnp.where(mask, found, zero), CLIENTS).astype(leaf.dtype)
+                flat = jnp.where(mask, found, jnp.zeros((), leaf.dtype)).reshape(-1)
+                # In a row, since a TPU fills up the last axis of what it sends to 128 numbers; the
+                # barriers keep XLA from sending the images as they were.
+                total = jax.lax.psum(jax.lax.optimization_barrier(flat), CLIENTS)
+                whole = jax.lax.optimization_barrier(total.astype(leaf.dtype))
+                return whole.reshape(found.shape)
 
             return jax.tree.map(share, examples)
 
@@ -478,10 +509,18 @@ def own_copy(tree: Any) -> Any:
 
 
 def gathered(tree: Any) -> Any:
-    """Returns a tree with what is split over processes as NumPy arrays; all must call it."""
-    return jax.tree.map(
-        lambda x: multihost_utils.process_allgather(x, tiled=True) if _elsewhere_too(x) else x, tree
-    )
+    """Returns a tree with what is split over processes as NumPy arrays, in process 0; all call it.
+
+    The others give their parts, a leaf at a time, and keep no leaf that is whole.
+    """
+
+    def whole(x: Any) -> Any:
+        if not _elsewhere_too(x):
+            return x
+        found = multihost_utils.process_allgather(x, tiled=True)
+        return found if jax.process_index() == 0 else x
+
+    return jax.tree.map(whole, tree)
 
 
 def _elsewhere_too(x: Any) -> bool:

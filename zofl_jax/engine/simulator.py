@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from zofl_jax import keys, precision
 from zofl_jax.conditions import participation
@@ -34,6 +34,7 @@ from zofl_jax.core import (
 )
 from zofl_jax.data import batches as data_batches
 from zofl_jax.data import partition
+from zofl_jax.directions import jaxprs
 from zofl_jax.engine import carried, compilation, exhaustion, fitting, ledger, placement
 from zofl_jax.engine import rounds as traced
 from zofl_jax.engine.placement import Placement
@@ -65,7 +66,7 @@ def make_simulator(
     prng_impl: str = "threefry2x32",
     weighting: Weighting = "uniform",
     eval_batch_size: int = 512,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     conditions: traced.Conditions = traced.IDEAL,
     smaller: Callable[[], Algorithm | Sequence[Phase]] | None = None,
 ) -> "Simulator":
@@ -345,8 +346,7 @@ class Simulator:
 
     def devices(self) -> list[Any]:
         """Returns the devices that rounds run on."""
-        mesh = self.placement.mesh
-        return jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
+        return self.placement.devices()
 
     def lowered(self, phase: int = 0) -> compilation.Lowered:
         """Returns the rounds of a phase as they go to the compiler, from shapes alone.
@@ -355,9 +355,18 @@ class Simulator:
         be there (`Placement.is_there`). Its arguments are those that the program closes over, and
         (state, memory, train, root, limit).
         """
-        made = self.shapes(phase)
-        args = (made.state, made.memory, self._train, self._placed_root, np.int32(1))
+        args = self._round_shapes(phase)
         return compilation.lower(self._make_advance(phase), args, (0, 1), self.placement)
+
+    def program(self, phase: int = 0) -> tuple[jaxprs.Program, Any]:
+        """Returns the rounds of a phase as JAX traces them for their devices, and what goes in.
+
+        It is the program of `lowered`, for which no compiler is needed, and a tree of the shapes of
+        its arguments.
+        """
+        args = self._round_shapes(phase)
+        with self.placement.tracing():
+            return jaxprs.trace(self._make_advance(phase), *args)[0], args
 
     def shapes(self, phase: int = 0) -> "Shapes":
         """Returns what the rounds of a phase start from, as shapes on the devices."""
@@ -372,6 +381,10 @@ class Simulator:
         found = jax.eval_shape(started, self.root.init)
         state, memory = self.placement.shapes(found, self._params)
         return Shapes(state, memory, self._train)
+
+    def _round_shapes(self, phase: int) -> tuple[Any, ...]:
+        made = self.shapes(phase)
+        return (made.state, made.memory, self._train, self._placed_root, np.int32(1))
 
     def _launched(self, phase: int, state: ServerState, memory: Any, n: int) -> traced.Loop:
         return self._compiler.call(

@@ -26,35 +26,55 @@ def check(simulator: Simulator, batch: Batch, clients_at_once: int = 0) -> tuple
     Raises:
       ValueError: if params, state and clients' memory alone are larger than what is free.
     """
-    where = simulator.placement
-    available = compilation.memory_available(where)
+    available = compilation.memory_available(simulator.placement)
     if not available:
         return ()
-    started = simulator.shapes()
-    kept = compilation.bytes_on_a_device((started.state, started.memory))
-    if where.platform == "cpu":  # whose devices share the host's memory
-        kept *= where.num_devices
+    kept = _kept(simulator)
     if kept > available:
         raise ValueError(
             f"params, state and what clients remember take {in_words(kept)}, and "
             f"{in_words(available)} of memory are free: split them with --mesh=model:M over M "
             "devices, or take a smaller --model"
         )
-    groups = min(where.groups, simulator.setting.clients_per_round)
-    clients = clients_at_once or math.ceil(simulator.setting.clients_per_round / groups)
-    if where.platform == "cpu":
-        clients *= groups
-    examples = clients * compilation.bytes_on_a_device(batch)
+    examples = _clients(simulator, clients_at_once) * compilation.bytes_on_a_device(batch)
     if kept + FACTOR * examples < available:
         return ()
-    program, _ = jaxprs.trace(simulator.task.loss, started.state.params, batch)
-    needed = kept + clients * max(_sizes(program), default=0)
-    if needed <= available:
+    size = needed(simulator, batch, clients_at_once)
+    if size <= available:
         return ()
     return (
-        f"a round may need {in_words(needed)} of memory, and {in_words(available)} are free: where "
+        f"a round may need {in_words(size)} of memory, and {in_words(available)} are free: where "
         f"that fails, try {exhaustion.KNOBS}",
     )
+
+
+def needed(simulator: Simulator, batch: Batch, clients_at_once: int = 0) -> int:
+    """Returns the bytes that a round needs at least: what is kept, and a pass's largest array.
+
+    Args:
+      simulator: as `check`.
+      batch: likewise.
+      clients_at_once: likewise.
+    """
+    params = simulator.shapes().state.params
+    program, _ = jaxprs.trace(simulator.task.loss, params, batch)
+    clients = _clients(simulator, clients_at_once)
+    return _kept(simulator) + clients * max(_sizes(program), default=0)
+
+
+def _kept(simulator: Simulator) -> int:
+    """Returns the bytes of params, state and clients' memory, of all devices of a CPU."""
+    where, started = simulator.placement, simulator.shapes()
+    kept = compilation.bytes_on_a_device((started.state, started.memory))
+    return kept * where.num_devices if where.platform == "cpu" else kept
+
+
+def _clients(simulator: Simulator, at_once: int) -> int:
+    """Returns how many clients' activations are in one memory together."""
+    where, cohort = simulator.placement, simulator.setting.clients_per_round
+    groups = min(where.groups, cohort)
+    clients = at_once or math.ceil(cohort / groups)
+    return clients * groups if where.platform == "cpu" else clients
 
 
 def _sizes(program: jaxprs.Program) -> list[int]:

@@ -14,6 +14,8 @@ import dataclasses
 import time
 from typing import Any
 
+import jax
+
 from zofl_jax.engine import compilation, exhaustion, hardware
 from zofl_jax.engine.exhaustion import in_words
 from zofl_jax.engine.simulator import Shapes, Simulator
@@ -77,6 +79,8 @@ class Plan:
       chip: peak rates, None for a device that isn't in the table.
       compile_seconds: on this machine.
       notes: sentences for people.
+      compiled: whether a compiler gave the memory, the traffic and the collectives; else they are
+        estimated (`planning.paper`).
     """
 
     device: str
@@ -89,6 +93,7 @@ class Plan:
     chip: hardware.Chip | None
     compile_seconds: float
     notes: tuple[str, ...] = ()
+    compiled: bool = True
 
     @property
     def seconds(self) -> dict[str, float | None]:
@@ -122,6 +127,7 @@ class Plan:
         found = self.figures
         return {
             "device": self.device,
+            "compiled": self.compiled,
             "mesh": self.mesh,
             "clients_a_round": self.clients,
             "memory_bytes_a_device": {
@@ -184,7 +190,10 @@ class Plan:
                 if self.clients_a_second
                 else UNKNOWN,
             ),
-            ("compilation here", f"{self.compile_seconds:.1f} s"),
+            (
+                "compilation here" if self.compiled else "estimated, not compiled",
+                f"{self.compile_seconds:.1f} s",
+            ),
         ]
         return rows
 
@@ -205,12 +214,12 @@ def make(simulator: Simulator, *, phase: int = 0, factors: str = "float32") -> P
     devices = simulator.devices()
     chip = hardware.of(devices)
     limit = compilation.memory_available(where) or (chip.memory if chip else 0)
-    memory = _arguments(simulator.shapes(phase), limit or None)
-    _check(memory, memory.arguments, where.split)
+    memory = arguments(simulator.shapes(phase), limit or None)
+    check(memory, memory.arguments, where.split)
     lowered = simulator.lowered(phase)
     frozen = compilation.bytes_on_a_device(lowered.arrays)
     memory = dataclasses.replace(memory, frozen=frozen)
-    _check(memory, memory.arguments, where.split)
+    check(memory, memory.arguments, where.split)
     try:
         with exhaustion.told():
             compiled = lowered.lowered.compile()
@@ -220,8 +229,8 @@ def make(simulator: Simulator, *, phase: int = 0, factors: str = "float32") -> P
     seconds = time.perf_counter() - began
     memory = _with_account(memory, compiled.memory_analysis())
     if memory.needed is not None:
-        _check(memory, memory.needed, where.split)
-    found = programs.figures(compiled.as_text() or "")
+        check(memory, memory.needed, where.split)
+    found = programs.figures(_text(compiled))
     counted = costs.of(lowered.program, where.groups, where.split)
     return Plan(
         device=chip.name if chip else devices[0].device_kind,
@@ -233,11 +242,20 @@ def make(simulator: Simulator, *, phase: int = 0, factors: str = "float32") -> P
         factors=factors,
         chip=chip,
         compile_seconds=seconds,
-        notes=(*_idle(simulator), *counted.notes, *found.notes),
+        notes=(*idle(simulator), *counted.notes, *found.notes),
     )
 
 
-def _arguments(shapes: Shapes, limit: int | None) -> Memory:
+def _text(compiled: Any) -> str:
+    """Returns the text of a compiled program, none where XLA fails to write it down."""
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError:  # as jaxlib 0.10 does for some programs of TPUs
+        return ""
+
+
+def arguments(shapes: Shapes, limit: int | None) -> Memory:
+    """Returns the memory of what is on a device before a round, but for what is closed over."""
     size = compilation.bytes_on_a_device
     params = size(shapes.state.params)
     return Memory(
@@ -258,7 +276,8 @@ def _with_account(memory: Memory, account: Any) -> Memory:
     )
 
 
-def _idle(simulator: Simulator) -> tuple[str, ...]:
+def idle(simulator: Simulator) -> tuple[str, ...]:
+    """Returns a sentence for the user where devices do work that is dropped."""
     groups, clients = simulator.placement.groups, simulator.setting.clients_per_round
     if clients % groups == 0:
         return ()
@@ -268,7 +287,12 @@ def _idle(simulator: Simulator) -> tuple[str, ...]:
     )
 
 
-def _check(memory: Memory, needed: int, split: int) -> None:
+def check(memory: Memory, needed: int, split: int) -> None:
+    """Checks that a device has the bytes that are needed.
+
+    Raises:
+      DoesNotFitError: if it has not.
+    """
     if memory.limit and needed > memory.limit:
         raise _refusal(memory, needed, split)
 

@@ -1,6 +1,7 @@
-"""The devices of a TPU pod that isn't there, to compile for.
+"""The devices of a pod that isn't there.
 
-The package libtpu, of the extra `[plan]`, holds the TPU's compiler and needs no TPU.
+For TPUs there is a compiler without a TPU, in the package libtpu of the extra `[plan]`. GPUs' needs
+a GPU, so theirs are an abstract mesh, on which a round is traced and estimated (`paper`).
 """
 
 import contextlib
@@ -13,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies as jax_topologies
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, SingleDeviceSharding
 
-from zofl_jax.engine import placement
+from zofl_jax.engine import hardware, placement
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -27,6 +28,14 @@ ENVIRONMENT = {
     "TPU_LOG_DIR": "disabled",
 }
 """What libtpu and JAX read."""
+
+ABSTRACT = {"h100": "cuda"}
+"""JAX's platform of chips, in small letters, for which there is no compiler without one of them."""
+
+
+def is_abstract(name: str) -> bool:
+    """Returns whether a topology is of devices that there is no compiler for, such as "h100:64"."""
+    return name.partition(":")[0].lower() in ABSTRACT
 
 
 def prepare() -> None:
@@ -96,20 +105,38 @@ def _warm_up(device: Any) -> None:
     jax.jit(jnp.sin).lower(x).compile()
 
 
-def mesh(name: str, shape: placement.Shape) -> Mesh:
+def mesh(name: str, shape: placement.Shape) -> Mesh | AbstractMesh:
     """Returns a mesh of a topology's devices, one of a single device too.
 
     Args:
-      name: see `devices`.
+      name: see `devices`; or a chip and how many, "h100:64", whose mesh is abstract.
       shape: as many groups as there are devices for unless it says.
 
     Raises:
       ValueError: for too few devices, or another topology.
-      ImportError: without libtpu.
+      ImportError: without libtpu, where its compiler is needed.
+
+    >>> mesh("h100:64", placement.Shape(model=8)).axis_sizes
+    (8, 8)
     """
     try:
+        if is_abstract(name):
+            return _abstract(name, shape)
         return placement.mesh_of(devices(name), *shape)
     except ValueError as error:
         if "--topology" in str(error):
             raise
         raise ValueError(f"--mesh on --topology={name}: {error}") from error
+
+
+def _abstract(name: str, shape: placement.Shape) -> AbstractMesh:
+    chip, _, count = name.lower().partition(":")
+    if not count.isdecimal() or int(count) < 1:
+        raise ValueError(
+            f"--topology={name}: a chip is given with how many there are, a whole number >= 1, as "
+            f"{chip}:64"
+        )
+    kind = AbstractDevice(hardware.named(chip).kind, num_cores=None, platform=ABSTRACT[chip])
+    sizes, names = placement.axes_of(int(count), *shape)
+    types = (AxisType.Auto,) * len(names)
+    return AbstractMesh(sizes, names, axis_types=types, abstract_device=kind)

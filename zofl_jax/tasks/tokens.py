@@ -7,13 +7,14 @@ without padding. Neither tokenizer nor weights are needed, so it serves to measu
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from zofl_jax.core import Array, Batch, Params, PRNGKey, Task
 from zofl_jax.data import partition
-from zofl_jax.models import architectures, transformer
+from zofl_jax.models import architectures, lora, transformer
 from zofl_jax.tasks.objectives import cross_entropy
 
 CANDIDATES = (1, 2)
@@ -90,3 +91,41 @@ def choice_task(
     data = partition.client_data(train, order, offsets)
     layout = functools.partial(transformer.layout, config)
     return Task("tokens", init, loss, metrics, data, test, layout)
+
+
+def partly_trained(task: Task, divide: Callable[[Params], tuple[Params, Params]]) -> Task:
+    """Returns the task in which some of the params are trained, and the others are all zero.
+
+    The zeros are NumPy arrays without memory of their own, so that a round can be planned whose
+    model is larger than this machine.
+
+    Args:
+      task: whose loss takes all params.
+      divide: params -> (trained, frozen), as `lora.split` and `lora.add` do.
+
+    >>> import jax
+    >>> from zofl_jax.models import lora
+    >>> from zofl_jax.models.architectures import named
+    >>> whole = random_task(named("opt-66b"), clients=2, each=1, length=4)
+    >>> biases = lambda params: lora.split(params, lambda path: path == "final_norm/bias")
+    >>> jax.tree.map(jnp.shape, partly_trained(whole, biases).init(jax.random.key(0)))
+    {'final_norm': {'bias': (9216,)}}
+    """
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
+    trained, frozen = divide(zeros)
+
+    def whole(params: Params) -> Params:
+        # Which makes JAX's values of NumPy's.
+        return lora.combine(params, jax.lax.optimization_barrier(frozen))
+
+    def loss(params: Params, batch: Batch) -> Array:
+        return task.loss(whole(params), batch)
+
+    def metrics(params: Params, batch: Batch) -> dict[str, Array]:
+        return task.metrics(whole(params), batch)
+
+    def init(key: PRNGKey) -> Params:
+        return jax.tree.map(jnp.asarray, trained)
+
+    return task._replace(init=init, loss=loss, metrics=metrics)
