@@ -118,9 +118,9 @@ SCALAR = {
         ),
         rate=0.01,
     ),
-    "decomfl, directions of an example each": Method(
+    "decomfl, directions of a few examples each": Method(
         lambda loss, rate: decomfl(
-            loss, estimators.forward_difference(32, 1e-3, groups=16), optax.sgd(rate)
+            loss, estimators.forward_difference(32, 1e-3, groups=4), optax.sgd(rate)
         ),
         rate=0.05,
     ),

@@ -16,8 +16,8 @@ from zofl_jax.engine import placement
 TESTS = Path(__file__).parent
 
 # Runs each simulation on one and on two devices and prints what both gave. Bits of a replay are
-# promised for the programs that users run, so two devices have LLVM's optimisations; the replay on
-# one is that of test_replay.py.
+# promised for the programs that users run, so these have LLVM's optimisations; the replay on one is
+# that of test_replay.py.
 SIMULATIONS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -37,7 +37,6 @@ found = []
 for at_once, local_steps, cohort in [(None, 1, 4), (1, 2, 3), (None, 1, 1)]:
     pair = []
     for mesh in (None, placement.clients_mesh()):
-        jax.config.update("jax_disable_most_optimizations", mesh is None)
         estimator = estimators.forward_difference(
             3, 1e-3, perturbations.rademacher(), clients_at_once=at_once
         )
