@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import cost_model, plans, speed
 from experiments import theory
-from zofl_jax.observation.plots import human_bytes
+from zofl_jax.observation.quantities import human_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

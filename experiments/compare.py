@@ -34,7 +34,7 @@ from zofl_jax.configuration import wrapping
 from zofl_jax.configuration.config import Config
 from zofl_jax.configuration.experiment import inputs, resumed
 from zofl_jax.engine import budgets
-from zofl_jax.observation.appearance import human_bytes, human_count
+from zofl_jax.observation.quantities import human_bytes, human_count
 from zofl_jax.runs.directory import open_run
 from zofl_jax.runs.run_files import save_figure, write_atomically
 from zofl_jax.training import described, observers, summaries

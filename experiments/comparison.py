@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from zofl_jax import core
 from zofl_jax.engine import passes
 from zofl_jax.observation import fronts
-from zofl_jax.observation.appearance import human_bytes, human_count
+from zofl_jax.observation.quantities import human_bytes, human_count
 
 COLUMNS = (
     "algorithm",

@@ -18,7 +18,6 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from zofl_jax import keys
@@ -70,11 +69,7 @@ def choose(config: Config, task: Task) -> Choice:
     """
     root = keys.root(config.seed, config.prng_impl)
     params, perturbation = task.init(root.init), phases.perturbation_of(config)
-    data = task.train
-    total = int(data.offsets[-1])
-    spread = np.linspace(0, total - 1, min(total, EXAMPLES)).astype(int)
-    rows = np.asarray(data.order)[spread]
-    batch = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[rows]), data.examples)
+    batch = diagnostics.spread_examples(task.train, EXAMPLES)
 
     def measure(params: Params, batch: Batch) -> Array:
         return diagnostics.noise_scale(

@@ -212,10 +212,11 @@ def _with_chosen_examples(
     if (workdir / "flags.json").exists():
         chosen = read_flags(workdir)[EXAMPLES] or config.batch_size
         return few_examples.with_examples(config, int(str(chosen))), experiment
-    choice = few_examples.choose(config, (experiment or built(config)).task)
+    experiment = experiment or built(config)
+    choice = few_examples.choose(config, experiment.task)
     entry.note(choice.sentence)
     config = few_examples.with_examples(config, choice.examples)
-    return config, built(config)
+    return config, at_learning_rate(experiment, config, devices.chosen())
 
 
 def _rate_advice(config: Config) -> str:

@@ -35,6 +35,7 @@ from zofl_jax.configuration.config import Config
 from zofl_jax.configuration.experiment import Devices, Experiment, at_learning_rate
 from zofl_jax.core import Params, Task
 from zofl_jax.engine import compilation, simulation
+from zofl_jax.observation import diagnostics
 
 from .entry import UserError
 
@@ -239,11 +240,7 @@ def _trial(
 
 
 def _loss_on_a_batch(task: Task, batch_size: int) -> Callable[[Params], float]:
-    data = task.train
-    total = int(data.offsets[-1])
-    spread = np.linspace(0, total - 1, min(total, BATCHES * batch_size)).astype(int)
-    rows = np.asarray(data.order)[spread]
-    batch: Any = jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)[rows]), data.examples)
+    batch = diagnostics.spread_examples(task.train, BATCHES * batch_size)
     made: list[Callable[..., Any]] = []
 
     def loss(params: Params) -> float:

@@ -18,7 +18,7 @@ from experiments.entry import UserError
 from zofl_jax.algorithms import METHODS
 from zofl_jax.configuration import choices
 from zofl_jax.configuration.config import everything
-from zofl_jax.observation.appearance import human_bytes, human_count
+from zofl_jax.observation.quantities import human_bytes, human_count
 
 FLAGFILES = Path(compare.__file__).parent / "flagfiles"
 FIRST = [

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.text import Text
 
 from zofl_jax.observation import fronts
-from zofl_jax.observation.appearance import human_bytes
+from zofl_jax.observation.quantities import human_bytes
 
 GREY = "#C4C4C4"
 

@@ -1,6 +1,9 @@
 """What settings can be, where it is one of a few, and what goes with the choices."""
 
 PERTURBATIONS = ("gaussian", "rademacher", "sphere", "low_rank", "subspace")
+FACTORED = ("low_rank", "subspace")
+"""Perturbations whose models share the products with the params."""
+
 OPTIMIZERS = ("sgd", "adam", "radazo")
 ESTIMATORS = ("forward", "central", "projection", "jvp")
 PARTITIONS = ("iid", "dirichlet", "shards", "natural")

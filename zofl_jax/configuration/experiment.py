@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from zofl_jax import keys, precision
 from zofl_jax.algorithms import METHODS
-from zofl_jax.configuration import kinds, partitions, public, schedules, texts, wrapping
+from zofl_jax.configuration import choices, kinds, partitions, public, schedules, texts, wrapping
 from zofl_jax.configuration.config import Config, Data, Quadratic, Rounds, Texts, everything
 from zofl_jax.configuration.phases import build_phases
 from zofl_jax.core import Batch, ServerState, Task
@@ -227,7 +227,7 @@ def _of_classes(dataset: sources.Dataset) -> tuple[str, ...]:
 
 
 def _notes(config: Config, simulator: simulation.Simulator) -> tuple[str, ...]:
-    if config.perturbation not in ("low_rank", "subspace") or config.local_steps == 1:
+    if config.perturbation not in choices.FACTORED or config.local_steps == 1:
         return ()
     if not config.method.coefficients or config.mask != "none":
         return ()
@@ -241,7 +241,7 @@ def _notes(config: Config, simulator: simulation.Simulator) -> tuple[str, ...]:
 
 
 def at_learning_rate(experiment: Experiment, config: Config, devices: Devices) -> Experiment:
-    """Returns an experiment at another learning rate, that of `config`, with the same data.
+    """Returns an experiment at what `config` says of learning and directions, with the same data.
 
     Both share compiled functions through the compilation cache.
     """
@@ -360,7 +360,7 @@ def for_devices(
         params = jax.eval_shape(task.init, root.init)
         clients = config.clients_at_once or config.clients_per_round
         tokens = task.test["tokens"].shape[1] if config.kind == "texts" else 1
-        shared, groups = config.perturbation in ("low_rank", "subspace"), config.groups
+        shared, groups = config.perturbation in choices.FACTORED, config.groups
         at_once = batching.models_at_once(
             where.platform,
             rows=clients * config.batch_size * tokens // groups,

@@ -108,7 +108,7 @@ NEEDS: Mapping[str, tuple[Need, ...]] = {
     ),
     # Learning and directions.
     "momentum": (_with("optimizer", "sgd"),),
-    "rank": (_with("perturbation", "low_rank", "subspace"),),
+    "rank": (_with("perturbation", *choices.FACTORED),),
     "subspace_rounds": (_with("perturbation", "subspace"),),
     "history_share": (_without("a --history", lambda config: config.history > 0),),
     "smoothing": (_DIFFERENCES,),

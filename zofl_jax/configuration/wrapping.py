@@ -76,7 +76,10 @@ def guarded(config: Config, algorithm: Algorithm) -> Algorithm:
 
 def codec(config: Config) -> compression.Codec | None:
     """Returns what uploads are written as, None for plain numbers."""
-    stochastic = config.stochastic_rounding
+    return _codec(config, config.compression, config.stochastic_rounding)
+
+
+def _codec(config: Config, name: str, stochastic: bool) -> compression.Codec | None:
     codecs: dict[str, Callable[[], compression.Codec | None]] = {
         "none": lambda: None,
         "float16": lambda: compression.floats(jnp.float16, stochastic=stochastic),
@@ -87,7 +90,7 @@ def codec(config: Config) -> compression.Codec | None:
         "top_k": lambda: compression.top_k(config.top_k_fraction),
         "sign": compression.signs,
     }
-    return codecs[config.compression]()
+    return codecs[name]()
 
 
 def compressed(config: Config, algorithm: Algorithm) -> Algorithm:
@@ -105,15 +108,8 @@ def compressed(config: Config, algorithm: Algorithm) -> Algorithm:
 
 def compressed_broadcast(config: Config, algorithm: Algorithm) -> Algorithm:
     """Returns the algorithm with its broadcasts written as `--broadcast_compression` says."""
-    codecs: dict[str, Callable[[], compression.Codec]] = {
-        "float16": lambda: compression.floats(jnp.float16),
-        "bfloat16": lambda: compression.floats(jnp.bfloat16),
-        "int8": lambda: compression.integers(8, stochastic=False),
-        "int4": lambda: compression.integers(4, stochastic=False),
-    }
-    if config.broadcast_compression == "none":
-        return algorithm
-    return compression.compressed_broadcast(algorithm, codecs[config.broadcast_compression]())
+    chosen = _codec(config, config.broadcast_compression, stochastic=False)
+    return algorithm if chosen is None else compression.compressed_broadcast(algorithm, chosen)
 
 
 def with_late_uploads(config: Config, algorithm: Algorithm) -> Algorithm:

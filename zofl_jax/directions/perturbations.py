@@ -117,12 +117,7 @@ def low_rank(rank: int = 1) -> Perturbation:
         directions = draw_all(sample, direction_keys, params)
         return jax.tree.map(_plus_many, params, directions, scalars, is_leaf=sums.is_value)
 
-    def accumulate(direction_keys: PRNGKey, params: Params, scalars: Array) -> Params:
-        same = jax.tree.map(lambda _: scalars, params)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return sums.arrays(combine(zeros, direction_keys, same))
-
-    return Perturbation(sample, _add, accumulate, combine)
+    return _factored(sample, combine)
 
 
 class Basis(NamedTuple):
@@ -225,12 +220,7 @@ def subspace(found: Mapping[str, Basis]) -> Perturbation:
         total = jax.tree.map(lambda g, s: jnp.tensordot(s.astype(g.dtype), g, 1), drawn, scalars)
         return _add(params, by_path(widened, params, total), 1.0)
 
-    def accumulate(direction_keys: PRNGKey, params: Params, scalars: Array) -> Params:
-        same = jax.tree.map(lambda _: scalars, params)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return sums.arrays(combine(zeros, direction_keys, same))
-
-    return Perturbation(sample, _add, accumulate, combine)
+    return _factored(sample, combine)
 
 
 def _independent(draw: Draw) -> Perturbation:
@@ -266,6 +256,20 @@ def _independent(draw: Draw) -> Perturbation:
         return _map_leaves(leaf, direction_keys, params, derive)
 
     return Perturbation(sample, _add, accumulate)
+
+
+def _factored(
+    sample: Callable[[PRNGKey, Params], Params],
+    combine: Callable[[Params, PRNGKey, Params], Params],
+) -> Perturbation:
+    """Returns the perturbation whose directions are factors, and their sums too."""
+
+    def accumulate(direction_keys: PRNGKey, params: Params, scalars: Array) -> Params:
+        same = jax.tree.map(lambda _: scalars, params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return sums.arrays(combine(zeros, direction_keys, same))
+
+    return Perturbation(sample, _add, accumulate, combine)
 
 
 def _dense(sample: Callable[[PRNGKey, Params], Params]) -> Perturbation:

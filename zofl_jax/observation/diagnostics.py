@@ -30,6 +30,7 @@ from zofl_jax.core import (
     Array,
     Batch,
     Batches,
+    ClientData,
     LossFn,
     Params,
     PRNGKey,
@@ -302,8 +303,7 @@ def make_diagnose(
       num_updates: rounds of one client that are tried.
     """
     data = task.train
-    rows = _evenly(int(data.offsets[-1]), num_examples)
-    batch = _examples_at(data.examples, np.asarray(data.order)[rows])
+    batch = spread_examples(data, num_examples)
     starts = np.asarray(data.offsets)[_evenly(data.num_clients, num_clients)]
     own = np.asarray(data.order)[starts[:, None] + np.arange(batch_size)]
     batches = _examples_at(data.examples, own)
@@ -327,6 +327,17 @@ def make_diagnose(
         return *found, top, found.mean / top, *worth, spread, norm
 
     return lambda state, key: Diagnosis(*map(float, measure(state, key, batch, batches)))
+
+
+def spread_examples(data: ClientData, count: int) -> Batch:
+    """Returns `count` of the clients' examples, evenly from all; all where there are fewer.
+
+    >>> data = ClientData(np.arange(8), np.arange(8), np.array([0, 4, 8]))
+    >>> spread_examples(data, 3).tolist()
+    [0, 3, 7]
+    """
+    rows = _evenly(int(data.offsets[-1]), count)
+    return _examples_at(data.examples, np.asarray(data.order)[rows])
 
 
 def _evenly(count: int, wanted: int) -> np.ndarray:

@@ -24,12 +24,12 @@ from zofl_jax.observation.appearance import (
     INK,
     LINES,
     formatter,
-    human_count,
     log_ticks,
     new_figure,
     per_cent,
     tidy,
 )
+from zofl_jax.observation.quantities import human_count
 
 _GREY, _GREY_TEXT = "#C4C4C4", "#8C8C8C"
 _NAMED_IF_FEW = 8  # methods in all; of more, those beside the front are named below the figure

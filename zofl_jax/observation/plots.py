@@ -21,12 +21,12 @@ from zofl_jax.observation.appearance import (
     VERMILION,
     count_axis,
     formatter,
-    human_bytes,
     log_ticks,
     new_figure,
     per_cent,
     tidy,
 )
+from zofl_jax.observation.quantities import human_bytes
 
 __all__ = [
     "History",

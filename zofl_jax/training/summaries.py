@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from zofl_jax.engine import passes, simulation
+from zofl_jax.observation.quantities import human_bytes
 
 
 class About(NamedTuple):
@@ -141,8 +142,6 @@ def table(summary: Mapping[str, Any], remark: str = "") -> str:
 
 
 def _evaluations(history: Sequence[Mapping[str, Any]], num_clients: int) -> list[str]:
-    from zofl_jax.observation import plots  # here: matplotlib is imported with it
-
     lines = [
         f"{'round':>7} {'train loss':>11} {'test loss':>10} {'accuracy':>9} {'up':>9} {'down':>9}"
     ]
@@ -153,17 +152,15 @@ def _evaluations(history: Sequence[Mapping[str, Any]], num_clients: int) -> list
         accuracy = "" if row["test_accuracy"] is None else f"{row['test_accuracy']:.4f}"
         lines.append(
             f"{row['round']:>7} {row['train_loss']:>11.4g} {loss:>10} "
-            f"{accuracy:>9} {plots.human_bytes(row['bytes_up'] / num_clients):>9} "
-            f"{plots.human_bytes(row['bytes_down'] / num_clients):>9}"
+            f"{accuracy:>9} {human_bytes(row['bytes_up'] / num_clients):>9} "
+            f"{human_bytes(row['bytes_down'] / num_clients):>9}"
         )
     return lines
 
 
 def _sent(summary: Mapping[str, Any]) -> str:
-    from zofl_jax.observation import plots
-
     up, down, catch_up, first_sync = (
-        plots.human_bytes(summary[f"bytes_{kind}_per_client"])
+        human_bytes(summary[f"bytes_{kind}_per_client"])
         for kind in ("up", "down", "catch_up", "first_sync")
     )
     return (
