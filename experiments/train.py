@@ -28,6 +28,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("tensorboard", False, "Write TensorBoard events to WORKDIR/tensorboard.")
 flags.DEFINE_bool("progress", True, "Show a progress bar.")
+flags.DEFINE_bool("figures", True, "Draw figures into WORKDIR, which takes about a second.")
 flags.DEFINE_bool(
     "auto_lr",
     False,
@@ -104,10 +105,12 @@ def _main(config: Config, team: Team | None = None) -> None:
             experiment,
             observers.ProgressBar(shown=FLAGS.progress),
             rate_advice=_rate_advice(config),
+            figures=FLAGS.figures,
         )
         report.print_table(outcome.summary)
         if not ended:
-            print(f"\nFigures, log and summary are in {run.path}")
+            found = "Figures, log" if FLAGS.figures else "Log"
+            print(f"\n{found} and summary are in {run.path}")
     if outcome.failure:
         raise entry.UserError(outcome.failure)
 

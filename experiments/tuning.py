@@ -18,10 +18,11 @@ Local steps K make a round K steps long for trial and run alike. First-order met
 of the directions and have m = `FIRST_ORDER_MARGIN`.
 
 The search starts at --learning_rate or its default. While trials are good and end lower the rate
-is doubled, until three quarters of the run's rounds are spent; if the first is bad the rate is
-halved, or quartered if the loss rose in the first half of the trial, until one is good. A bad
-trial ends where the loss has doubled. Where the next rate tried above the best is bad, but not
-before the second half of its trial, the geometric mean of the two is taken.
+is doubled, fourfold where the loss fell by less than `LITTLE` of its start, until three quarters of
+the run's rounds are spent; where four times the best is no better, the rate in between follows. If
+the first is bad the rate is halved, or quartered if the loss rose in the first half of the trial,
+until one is good. A bad trial ends where the loss has doubled. Where the next rate tried above the
+best is bad, but not before the second half of its trial, the geometric mean of the two is taken.
 """
 
 import math
@@ -48,6 +49,7 @@ CHECKS = 8  # of the loss in a trial
 BATCHES = 8  # of a client's batch size: examples that the loss is measured on
 RISE = 0.25  # of its fall, that the loss may end above its least value
 NOTHING = 0.02  # of the loss at the start: less is no fall or rise
+LITTLE = 0.2  # of the loss at the start: a trial that falls by less is far below the best rate
 
 
 class Trial(NamedTuple):
@@ -192,20 +194,22 @@ def search(
             f"--auto_lr: the loss rises at every learning rate tried, from {min(rates):.3g} to "
             f"{max(rates):.3g}; type a larger --num_perturbations or --batch_size"
         )
-    bad = min((t for t in trials if not t.good), default=None)
-    while bad is None or bad.learning_rate > 3 * best.learning_rate:
-        if sum(trial.rounds for trial in trials) >= enough or len(trials) == MOST_TRIALS:
+    above = min((t for t in trials if not t.good), default=None)  # the next rate that is worse
+    while above is None or above.learning_rate > 3 * best.learning_rate:
+        spent = above is None and sum(trial.rounds for trial in trials) >= enough
+        if spent or len(trials) == MOST_TRIALS:
             break
-        higher = attempt(_rounded(best.learning_rate * (2 if best.fall > NOTHING else 4)))
+        step = 4 if above is None and best.fall < LITTLE else 2
+        higher = attempt(_rounded(best.learning_rate * step))
         trials.append(higher)
-        if not higher.good:
-            bad = higher
-        elif higher.end < best.end:
+        if higher.good and higher.end < best.end:
             best = higher
+        elif step == 4 or not higher.good:
+            above = higher
         else:
             break
-    if bad and bad.late and bad.learning_rate <= 3 * best.learning_rate:
-        return _rounded(math.sqrt(best.learning_rate * bad.learning_rate)), trials
+    if above and above.late and not above.good and above.learning_rate <= 3 * best.learning_rate:
+        return _rounded(math.sqrt(best.learning_rate * above.learning_rate)), trials
     return best.learning_rate, trials
 
 

@@ -173,8 +173,11 @@ class Commands:
         return Ended(process.returncode, out, err)
 
     def in_turn(self, name, *arguments):
-        """Runs a command of the entry point `name` in a process that others have run in."""
-        return self._processes.of(name, self.environment).run(self.folder, arguments)
+        """Runs a command of the entry point `name` in a process that others have run in.
+
+        `train` draws no figures, which take as long as many a test's rounds, unless --figures says.
+        """
+        return self._processes.of(name, self.environment).run(self.folder, _few(name, arguments))
 
     def train(self, *arguments):
         return self.run("-m", "experiments.train", *arguments)
@@ -191,7 +194,15 @@ class Commands:
     def train_each(self, list_of_arguments):
         """Runs commands of `train` in one process, which is new."""
         with contextlib.closing(InTurn("train", self.environment)) as process:
-            return [process.run(self.folder, arguments) for arguments in list_of_arguments]
+            return [
+                process.run(self.folder, _few("train", arguments))
+                for arguments in list_of_arguments
+            ]
+
+
+def _few(name, arguments):
+    figures = () if name != "train" or "--figures" in arguments else ("--nofigures",)
+    return (*arguments, *figures)
 
 
 def stray_lines(err):

@@ -43,9 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
     programs.compile_quickly()
     # Tracing makes many objects and no garbage: collected as seldom, that takes a twentieth less.
     gc.set_threshold(100_000, 20, 20)
-    # Most of the suite's time is compilation: a second run takes it from here.
+    # A second run takes from here what takes long to compile; the rest isn't worth the writing.
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    # Where in the code each operation comes from is written into each program: a twentieth of all
+    # that the tests take. Commands that they start inherit it.
+    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     # An entry may be cut short: by the end of a run, or while another process writes it. Then
     # JAX says so and compiles anew.
     config.addinivalue_line(

@@ -108,12 +108,16 @@ def test_texts_give_the_loss_of_each_next_token(tmp_path):
     config = resolve("--task=sst2", "--model=gguf:x", "--mask=sensitivity", f"--mask_data={lines}")
     found = public.of_texts(config, model)
     assert len(found.batch["length"]) == 64
+
+    @jax.jit
+    def chances(ids):
+        scores = transformer.apply(model.config, model.trainable, ids, jnp.ones_like(ids, bool))
+        return jax.nn.log_softmax(scores[0, :-1])
+
     losses = []
     for text in texts[:64]:
-        ids = jnp.asarray(model.tokenizer.encode(text))[None]
-        scores = transformer.apply(model.config, model.trainable, ids, jnp.ones_like(ids, bool))
-        chances = jax.nn.log_softmax(scores[0, :-1])
-        losses.append(-float(jnp.mean(chances[jnp.arange(ids.size - 1), ids[0, 1:]])))
+        ids = np.asarray(model.tokenizer.encode(text))
+        losses.append(-np.mean(np.asarray(chances(ids[None]))[np.arange(ids.size - 1), ids[1:]]))
     actual = float(jax.jit(found.loss_fn)(model.trainable, found.batch))
     np.testing.assert_allclose(actual, np.mean(losses), rtol=1e-4)
     mask = scaling.sensitivity_mask(found.loss_fn, model.trainable, found.batch, 0.001)

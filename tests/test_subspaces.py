@@ -21,7 +21,7 @@ PARAMS = {
     "b": jnp.zeros(2),
 }
 RANK = 2
-BASES = perturbations.bases(jax.random.key(3), PARAMS, RANK)
+BASES = jax.jit(lambda key: perturbations.bases(key, PARAMS, RANK))(jax.random.key(3))
 
 
 def projections():
@@ -120,19 +120,29 @@ def test_sums_and_structured_losses_are_those_of_formed_directions():
     x, batch = network_params(), jnp.asarray(np.random.default_rng(1).normal(size=(6, 5)))
     directions = perturbations.subspace(BASES)
     each = keys.direction_keys(KEY, 3)
-    formed = [sums.arrays(directions.sample(key, x)) for key in each]
+    form = jax.jit(lambda key: sums.arrays(directions.sample(key, x)))
+    formed = [form(key) for key in each]
     scalars = jnp.asarray([0.5, -1.0, 2.0])
     expected = jax.tree.map(lambda *z: sum(s * w for s, w in zip(scalars, z, strict=True)), *formed)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        directions.accumulate(each, x, scalars), expected,
+        jax.jit(directions.accumulate)(each, x, scalars), expected,
     )  # fmt: skip
-    near = directions.add(x, directions.sample(each[0], x), 0.1)
-    plain = jax.tree.map(lambda a, z: a + 0.1 * z, x, formed[0])
-    np.testing.assert_allclose(structured.evaluate(loss, near, batch), loss(plain, batch), 1e-4)
-    many = directions.combine(x, each, jax.tree.map(lambda _: 0.1 * scalars, x))
-    plain = jax.tree.map(lambda a, z: a + 0.1 * z, x, expected)
-    np.testing.assert_allclose(structured.evaluate(loss, many, batch), loss(plain, batch), 1e-4)
+
+    @jax.jit
+    def near(x):
+        return structured.evaluate(
+            loss, directions.add(x, directions.sample(each[0], x), 0.1), batch
+        )
+
+    @jax.jit
+    def with_many(x):
+        coefficients = jax.tree.map(lambda _: 0.1 * scalars, x)
+        return structured.evaluate(loss, directions.combine(x, each, coefficients), batch)
+
+    plain = jax.jit(lambda z: loss(jax.tree.map(lambda a, z: a + 0.1 * z, x, z), batch))
+    np.testing.assert_allclose(near(x), plain(formed[0]), 1e-4)
+    np.testing.assert_allclose(with_many(x), plain(expected), 1e-4)
 
 
 def test_a_perturbed_matrix_is_never_formed():

@@ -349,6 +349,7 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(quickly):
         "--rounds=40",
         "--eval_every=5",
         "--workdir=run",
+        "--figures",
     ]
     ended = quickly.in_turn("train", *flags)
     assert ended.code == 1
@@ -409,6 +410,7 @@ def test_real_data_with_tensorboard_in_a_folder_named_by_the_flags(quickly):
         "--weighting=examples",
         "--tensorboard",
         "--noprogress",
+        "--figures",
     )
     assert (ended.code, ended.err) == (0, "")
     (workdir,) = (quickly.folder / "runs").iterdir()

@@ -84,7 +84,7 @@ def falling(by, rounds=10):
     return [1.0 - by * i / tuning.CHECKS for i in range(tuning.CHECKS + 1)], rounds
 
 
-def landscape(edge, best=math.inf, late=False):
+def landscape(edge, best=math.inf, late=False, least=0.1):
     """Returns an attempt that falls the further the larger the rate, up to the best one."""
     tried = []
 
@@ -92,7 +92,7 @@ def landscape(edge, best=math.inf, late=False):
         tried.append(rate)
         if rate > edge:
             return Trial(rate, [1.0] * (7 if late else 3) + [math.inf], 5, complete=False)
-        return Trial(rate, *falling(0.1 + 0.8 * min(rate, best**2 / rate) / edge))
+        return Trial(rate, *falling(least + 0.8 * min(rate, best**2 / rate) / edge))
 
     return attempt, tried
 
@@ -106,10 +106,23 @@ def test_the_search_doubles_a_good_rate_and_lowers_a_bad_one():
     assert tuning.search(attempt, 1.6, 1000)[0] == 0.4 and tried == [1.6, 0.4, 0.8]
     attempt, tried = landscape(edge=0.5, late=True)
     assert tuning.search(attempt, 1.6, 1000)[0] == 0.566 and tried == [1.6, 0.8, 0.4]
-    attempt, tried = landscape(edge=9, best=0.2)  # good, but no better
+    attempt, tried = landscape(edge=9, best=0.2, least=0.2)  # good, but no better
     assert tuning.search(attempt, 0.1, 1000)[0] == 0.2 and tried == [0.1, 0.2, 0.4]
-    attempt, tried = landscape(edge=9)  # as long as rounds are left
+    attempt, tried = landscape(edge=9, least=0.2)  # as long as rounds are left
     assert tuning.search(attempt, 0.1, 20)[0] == 0.2 and tried == [0.1, 0.2]
+
+
+def test_far_below_the_best_rate_the_search_goes_fourfold():
+    attempt, tried = landscape(edge=9, least=0.0)
+    assert tuning.search(attempt, 0.1, 20)[0] == 0.4 and tried == [0.1, 0.4]
+    for late, chosen in (
+        (False, 0.2),
+        (True, 0.283),
+    ):  # too far: the rate between, whatever that takes
+        attempt, tried = landscape(edge=0.3, least=-0.2, late=late)
+        assert tuning.search(attempt, 0.1, 15)[0] == chosen and tried == [0.1, 0.4, 0.2]
+    attempt, tried = landscape(edge=9, best=0.15, least=0.1)  # good, but no better
+    assert tuning.search(attempt, 0.1, 20)[0] == 0.2 and tried == [0.1, 0.4, 0.2]
 
 
 def test_where_the_loss_rises_at_every_rate_the_search_says_so():

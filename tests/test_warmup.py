@@ -1,6 +1,8 @@
 """Phases of two methods: what a warm-up leaves to the method after it, its bytes and its flags."""
 
 import collections
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,11 +70,10 @@ def make(algorithm):
     )
 
 
-def of(name, counts=None):
-    pair = [make() for make in PAIRS[name]]
-    if counts is not None:
-        pair = [counted(one, count) for one, count in zip(pair, counts, strict=True)]
-    return make(warmed_up(*pair, WARM))
+@functools.cache
+def alone(method):
+    """Returns the simulator of one of the methods, which several pairs have."""
+    return make(method())
 
 
 def play(simulator, pieces):
@@ -87,16 +88,33 @@ def play(simulator, pieces):
     return kept, traces
 
 
+class Played(NamedTuple):
+    """A few rounds of both methods of a pair."""
+
+    simulator: simulation.Simulator
+    kept: list[tuple[Any, Any]]  # state and memory at the start and after 1, 4, 6 and 7 rounds
+    traces: list[simulation.Trace]
+    traced: list[dict[str, int]]  # how often the functions of each were
+
+
+@functools.cache
+def played(name):
+    counts = [collections.Counter(), collections.Counter()]
+    pair = [counted(method(), count) for method, count in zip(PAIRS[name], counts, strict=True)]
+    simulator = make(warmed_up(*pair, WARM))
+    kept, traces = play(simulator, (1, 3, 2, 1))
+    return Played(simulator, kept, traces, [dict(count) for count in counts])
+
+
 @pairs
 def test_the_second_method_goes_on_from_the_model_of_the_first(name):
     """Both do what they do on their own: from the initial model, and from that of round W."""
-    (_, (middle, _), (end, _)), _ = play(of(name), (WARM, 3))
-    alone = make(PAIRS[name][0]())
-    expected = play(alone, (WARM,))[0][-1][0]
+    _, _, (middle, _), _, (end, _) = played(name).kept
+    first, second = map(alone, PAIRS[name])
+    expected = play(first, (WARM,))[0][-1][0]
     assert_replayed(middle.params, expected.params, exact=False)
-    after = make(PAIRS[name][1]())
-    start = after.start(jax.tree.map(jnp.asarray, middle.params))
-    state, _, _ = after.advance(
+    start = second.start(jax.tree.map(jnp.asarray, middle.params))
+    state, _, _ = second.advance(
         start.state._replace(round=jnp.asarray(WARM, jnp.int32)), start.memory, 3
     )
     jax.tree.map(
@@ -107,10 +125,8 @@ def test_the_second_method_goes_on_from_the_model_of_the_first(name):
 @pairs
 def test_it_keeps_the_contract(name):
     """Each method is traced as often as alone, types stay, and it resumes and replays."""
-    counts = [collections.Counter(), collections.Counter()]
-    simulator = of(name, counts)
-    kept, traces = play(simulator, (1, 3, 2, 1))
-    assert counts == [TRACES, TRACES]
+    simulator, kept, traces, traced = played(name)
+    assert traced == [TRACES, TRACES]
     initial, final = kept[0], kept[-1]
     assert jax.tree.map(jax.typeof, final) == jax.tree.map(jax.typeof, initial)
     state, memory = jax.tree.map(jnp.asarray, kept[1])
@@ -125,8 +141,9 @@ def test_it_keeps_the_contract(name):
 
 @pairs
 def test_it_descends_in_both_phases(name):
-    simulator = of(name)
-    (first, middle, last) = [state.params for state, _ in play(simulator, (WARM, 100))[0]]
+    simulator, kept, *_ = played(name)
+    first, middle = (kept[i][0].params for i in (0, 2))
+    last = play(simulator, (WARM, 100))[0][-1][0].params
     losses = [simulator.evaluate(params)["loss"] for params in (first, middle, last)]
     assert losses[1] < losses[0] and losses[2] < losses[1]
 
@@ -136,7 +153,7 @@ def test_bytes_are_those_of_messages_that_bring_every_client_up_to_date():
 
     A client is brought to round W by the model of that round, and by the scalars from there.
     """
-    simulator = of("fedavg, decomfl")
+    simulator = played("fedavg, decomfl").simulator
     kept, traces = play(simulator, (WARM, 1, 1, 1, 1, 1, 1))
     first, second = simulator.sizes
     boundary = jax.tree.map(jnp.asarray, kept[1][0])
@@ -175,7 +192,7 @@ def test_bytes_are_those_of_messages_that_bring_every_client_up_to_date():
 
 def test_the_pool_s_accumulators_bring_a_client_to_the_second_phase():
     """Of fedkseed in the warm-up: n accumulators and the initial params, then the scalars."""
-    simulator = of("fedkseed, decomfl")
+    simulator = played("fedkseed, decomfl").simulator
     kept, traces = play(simulator, (WARM, 3))
     boundary = jax.tree.map(jnp.asarray, kept[1][0])
     sync = simulator.phases[0].algorithm.sync
@@ -190,8 +207,7 @@ def test_the_pool_s_accumulators_bring_a_client_to_the_second_phase():
 
 def test_a_pool_after_the_warm_up_adds_to_its_last_model():
     """The accumulators say what came since round W, so a late client needs that model first."""
-    simulator = of("fedavg, fedkseed")
-    (_, (middle, _), (end, _)), _ = play(simulator, (WARM, 3))
+    simulator, (_, _, (middle, _), _, (end, _)), *_ = played("fedavg, fedkseed")
     sync = simulator.phases[1].algorithm.sync
     assert sync.since == WARM and not sync.alone
     message = sync.message(jax.tree.map(jnp.asarray, end))
@@ -235,6 +251,7 @@ def test_phases_of_the_second_method_begin_with_it_or_later():
         warmed_up(first_order(), scalars(), 0)
 
 
+JOIN = ("--late_joiners=0.2", "--join_by=5")
 FLAGS = ("--warmup_rounds=3", "--rounds=8", "--num_clients=10", "--clients_per_round=4")
 
 
@@ -305,14 +322,12 @@ def test_what_one_of_the_methods_can_not_do_is_refused(flags, message):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--aggregator=median", "--attack=sign_flip", "--malicious_share=0.2"],
+        ["--aggregator=median", "--attack=sign_flip", "--malicious_share=0.2", "--schedule=4:P=2"],
         ["--dp=client", "--dp_noise=0.5"],
         ["--secure_sum"],
-        ["--compression=int8"],
+        ["--compression=int8", "--dropout=0.3", "--warmup_share=0.6", *JOIN],
         ["--compression=top_k"],
         ["--warmup=fedkseed", "--warmup_local_steps=3", "--mask=random"],
-        ["--dropout=0.3", "--warmup_share=0.6", "--late_joiners=0.2", "--join_by=5"],
-        ["--schedule=4:P=2"],
     ],
     ids=lambda each: each[0],
 )
