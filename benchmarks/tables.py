@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost_model, plans, speed
+from benchmarks import cost_model, plans, speed, without_a_card
 from experiments import theory
 from zofl_jax.observation.quantities import human_bytes
 
@@ -31,7 +31,11 @@ def main() -> None:
     )
     write(
         ROOT / "docs" / "scaling.md",
-        {"plans": plans.table(RESULTS), "cost model": cost_model.table(RESULTS)},
+        {
+            "plans": plans.table(RESULTS),
+            "without a card": without_a_card.table(RESULTS),
+            "cost model": cost_model.table(RESULTS),
+        },
     )
 
 

@@ -5,16 +5,17 @@
 For each round that `benchmarks.accelerator` times on a card, and for the forward passes that are
 its bound: FLOPs of the products and memory traffic of the program as it is traced for a GPU
 (`planning.paper`), and the same as the TPU's compiler has it for one v5e chip, with its account of
-the memory and what compiling took. Nothing runs, and nothing here is a time on a card. The bound's
-figures are the smaller ones of its batches. Needs the extra [plan]. A row is written as soon as it
-is there, and those that FILE.json holds are kept: delete it to begin anew.
+the memory, the cycles it expects and what compiling took. Nothing runs, and nothing here is a time
+on a card. The bound's batch is the one that takes the fewest cycles, or moves least. Needs the
+extra [plan]. A row is written as soon as it is there, and those that FILE.json holds are kept:
+delete it to begin anew.
 """
 
 import argparse
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from zofl_jax.core import Array, Batch, Params
 from zofl_jax.directions import jaxprs
 from zofl_jax.engine import compilation, placement, simulation
 from zofl_jax.planning import costs, paper, plans, programs, topologies
+from zofl_jax.planning.plans import UNKNOWN
 
 GPU, TPU = "h100:1", "v5e:2x2"
 ROWS = (
@@ -97,7 +99,7 @@ class _OneDevice:
         return _figures(found.costs.products, found.figures.traffic, found.memory.temporaries)
 
     def traced_bound(self) -> dict[str, Any]:
-        return _least(self._traced_passes(batch) for batch in self.work.bound_batches)
+        return min(map(self._traced_passes, self.work.bound_batches), key=lambda x: x["traffic"])
 
     def _traced_passes(self, batch: int) -> dict[str, Any]:
         args = self._args(batch)
@@ -105,17 +107,25 @@ class _OneDevice:
             program = jaxprs.trace(passes(self.work, batch), *args)[0]
         inputs = [*program.consts, *jax.tree.leaves(args)]
         found = paper.estimate(program, inputs, fast=paper.FAST[self.where.platform])
-        return _figures(costs.of(program).products, found.traffic, found.temporaries)
+        figures = _figures(costs.of(program).products, found.traffic, found.temporaries)
+        return {**figures, "batch": batch}
 
     def compiled_round(self) -> dict[str, Any]:
         began = time.process_time()
         found = plans.make(self.simulator)
         seconds = time.process_time() - began
         figures = _figures(found.costs.products, found.figures.traffic, found.memory.temporaries)
-        return {**figures, "params": found.memory.params, "compile_cpu_seconds": seconds}
+        return {
+            **figures,
+            "cycles": found.figures.cycles,
+            "params": found.memory.params,
+            "compile_cpu_seconds": seconds,
+        }
 
     def compiled_bound(self) -> dict[str, Any]:
-        return _least(self._compiled_passes(batch) for batch in self.work.bound_batches)
+        found = list(map(self._compiled_passes, self.work.bound_batches))
+        known = [each for each in found if each["cycles"]]
+        return min(known, key=lambda x: x["cycles"]) if known else found[-1]
 
     def _compiled_passes(self, batch: int) -> dict[str, Any]:
         args = self._args(batch)
@@ -124,7 +134,8 @@ class _OneDevice:
         found = programs.figures(compiled.as_text() or "")
         memory = compiled.memory_analysis()
         products = costs.of(lowered.program).products
-        return _figures(products, found.traffic, getattr(memory, "temp_size_in_bytes", None))
+        figures = _figures(products, found.traffic, getattr(memory, "temp_size_in_bytes", None))
+        return {**figures, "cycles": found.cycles, "batch": batch}
 
     def _args(self, batch: int) -> tuple[Any, ...]:
         """Returns shapes of params, examples and the number of turns, on the device."""
@@ -163,15 +174,35 @@ def passes(work: Work, batch: int) -> Callable[[Params, Batch, Array], Array]:
     return turns
 
 
+def table(results: Path) -> str:
+    """Returns what the committed file says, as Markdown: rounds in units of their bounds."""
+    lines = [
+        "| round | products, GPU's trace | traffic, GPU's trace | products, TPU | traffic, TPU's "
+        "compiler | cycles, TPU's compiler | temporaries beyond the bound's, over the params "
+        "| compiling, CPU time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in json.loads((results / "without_a_card.json").read_text())["rows"]:
+        gpu, tpu = row["gpu_by_trace"], row["tpu_by_compiler"]
+        beyond = tpu["round"]["temporaries"] - tpu["bound"]["temporaries"]
+        cells = [
+            f"{row['config']}, {row['variant'].replace('_', ' ')}",
+            *(_ratio(each, name) for each in (gpu, tpu) for name in ("flops", "traffic")),
+            _ratio(tpu, "cycles"),
+            f"{beyond / tpu['round']['params']:.2f}",
+            f"{tpu['round']['compile_cpu_seconds']:.0f} s",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(found: dict[str, dict[str, Any]], name: str) -> str:
+    round_s, bound_s = found["round"][name], found["bound"][name]
+    return f"{round_s / bound_s:.3f}" if round_s and bound_s else UNKNOWN
+
+
 def _figures(products: int, traffic: int | None, temporaries: int | None) -> dict[str, Any]:
     return {"flops": products, "traffic": traffic, "temporaries": temporaries}
-
-
-def _least(found: Any) -> dict[str, Any]:
-    """Returns the smaller of each figure; None where one is not known."""
-    rows: Sequence[dict[str, Any]] = list(found)
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return {name: None if None in values else min(values) for name, values in columns.items()}
 
 
 def _name(config: str, variant: str) -> str:

@@ -125,8 +125,8 @@ def decoder_work(
         config = architectures.named(name, **changes, **sizes, num_heads=4, num_kv_heads=4)
         population, batch, length = clients, 2, 4
     per_step = clients * batch
-    sizes_of_bound = (per_step, (num_perturbations + 1) * per_step)
-    each = -(-sizes_of_bound[1] // population) if accelerator else 2 * batch
+    sizes_of_bound = (batch, per_step, (num_perturbations + 1) * per_step)
+    each = -(-sizes_of_bound[-1] // population) if accelerator else 2 * batch
     task = tokens.random_task(config, population, each, length)
     fitting = tuple(sorted({min(size, len(task.test["label"])) for size in sizes_of_bound}))
     return Work(
@@ -180,10 +180,11 @@ def in_form(work: Work, variant: str) -> Work:
     if platform == "cpu":
         return work
     shapes = jax.eval_shape(work.task.init, jax.random.key(0))
-    tokens = work.task.test["tokens"].shape[1] if work.architecture else 1
+    test = work.task.test
+    each = test["tokens"].shape[1] if work.architecture else math.prod(test["image"].shape[1:3])
     at_once = batching.models_at_once(
         platform,
-        rows=work.clients * work.batch * tokens,
+        rows=work.clients * work.batch * each,
         params=sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)),
         count=work.num_perturbations,
         shared=variant == "low_rank",

@@ -152,3 +152,21 @@ def test_the_rows_are_commands_that_exist(tmp_path):
                 *("benchmarks.round", "benchmarks.compare_pytorch", "experiments.train"),
             )
             assert each.ready() in (True, False)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_pool_is_the_same_in_both_forms(dtype):
+    """Values to the bit, of clients too, and derivatives, also where entries are equal."""
+    x = jax.random.normal(jax.random.key(0), (2, 3, 7, 6, 5)).round(1).astype(dtype)
+
+    def both(x):
+        pooled = jax.vmap(cnn.max_pool)(x)
+        summed = lambda x: jnp.sum(jnp.sin(jax.vmap(cnn.max_pool)(x).astype(jnp.float32)))  # noqa: E731
+        return pooled, jax.grad(summed)(x)
+
+    here = jax.jit(both)(x)
+    with platforms.tracing(platforms.Target("tpu")):
+        there = jax.jit(lambda x: both(x))(x)
+    assert here[0].shape == (2, 3, 3, 3, 5)
+    for a, b in zip(here, there, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -20,6 +20,7 @@ from benchmarks import (
     round,
     sketches,
     speed,
+    without_a_card,
     workloads,
 )
 from experiments import tuning
@@ -95,6 +96,11 @@ def test_the_bound_evaluates_all_the_examples():
     half({})
     jax.effects_barrier()
     assert len(seen) * factor == work.examples and factor == 2
+    # That for an accelerator, whose turns are rounds.
+    seen.clear()
+    jax.jit(without_a_card.passes(work, 4))({}, work.task.test, 3)
+    jax.effects_barrier()
+    assert len(seen) == 3 * work.examples
 
 
 def test_population_has_a_row_a_size(tmp_path):

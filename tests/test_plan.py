@@ -14,7 +14,7 @@ import optax
 import pytest
 from tiny_tasks import softmax_task
 
-from benchmarks import cost_model, workloads
+from benchmarks import cost_model, without_a_card, workloads
 from benchmarks import plans as committed
 from zofl_jax.algorithms import decomfl
 from zofl_jax.configuration import experiment
@@ -301,6 +301,15 @@ def test_without_the_compiler_one_sentence_says_so(monkeypatch):
 
 
 @needs_libtpu
+def test_a_round_is_held_against_its_bound_without_a_card():
+    row = without_a_card.counted("cnn", "gaussian", smoke=True)
+    for found in (row["gpu_by_trace"], row["tpu_by_compiler"]):
+        assert found["round"]["flops"] >= found["bound"]["flops"] > 0
+        assert found["round"]["traffic"] > found["bound"]["traffic"] > 0
+    assert row["tpu_by_compiler"]["round"]["params"] > 0
+
+
+@needs_libtpu
 def test_the_command_plans_the_digits(tmp_path):
     """As a user types it; and one that doesn't fit ends with status 1 and a sentence."""
     out = tmp_path / "plan.json"
@@ -324,7 +333,8 @@ def test_the_command_plans_the_digits(tmp_path):
 
 def test_the_page_s_table_is_that_of_the_committed_plans():
     page = (ROOT / "docs" / "scaling.md").read_text()
-    assert committed.table(RESULTS) in page and cost_model.table(RESULTS) in page
+    for each in (committed, cost_model, without_a_card):
+        assert each.table(RESULTS) in page
     kept = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "plans").glob("*.json")}
     assert {"smollm2-135m_v5e-16", "opt-13b_v5e-256", "llama-3-8b_v5e-256"} <= set(kept)
     large = {

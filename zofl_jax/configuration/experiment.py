@@ -359,11 +359,15 @@ def for_devices(
     if config.perturbations_at_once is None:
         params = jax.eval_shape(task.init, root.init)
         clients = config.clients_at_once or config.clients_per_round
-        tokens = task.test["tokens"].shape[1] if config.kind == "texts" else 1
+        each = 1  # rows of a product that an example takes
+        if config.kind == "texts":
+            each = task.test["tokens"].shape[1]
+        elif convolutional(config):
+            each = math.prod(task.test["image"].shape[1:3])
         shared, groups = config.perturbation in choices.FACTORED, config.groups
         at_once = batching.models_at_once(
             where.platform,
-            rows=clients * config.batch_size * tokens // groups,
+            rows=clients * config.batch_size * each // groups,
             params=sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
             count=config.num_perturbations,
             shared=shared,

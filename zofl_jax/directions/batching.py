@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 
-FULL = 2**14
-"""Rows of a product (texts' tokens, images) that fill an accelerator about as well as more do."""
+FULL = {"gpu": 2**14, "tpu": 2**13}
+"""Rows of a product (texts' tokens, pixels of a convolution) that fill an accelerator about as well
+as more do. A TPU's is by the cycles that its compiler expects: beyond, activations of OPT-1.3B leave
+the chip's fast memory."""
 
 STORED = 2**26
 """Numbers of dense directions that may be stored at a time, for models evaluated at once."""
@@ -23,12 +25,13 @@ def models_at_once(platform: str, *, rows: int, params: int, count: int, shared:
 
     On a CPU one: what it works on stays in cache, and its cores are busy. An accelerator wants
     large products. Models that share theirs (low-rank directions) are taken until one has `FULL`
-    rows. Others are products in a batch: all where their directions can be stored, which is where
-    a model is so small that a pass alone would leave most of the device idle; else one.
+    rows. Others are products in a batch: all where their directions can be stored and a pass alone
+    would leave most of the device idle; else one.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      rows: examples or tokens of one model's pass, all clients together.
+      rows: of the products of one model's pass, all clients together: examples, their tokens, or
+        the pixels that a convolution has an output for.
       params: of the model.
       count: of directions.
       shared: whether perturbed models share the products with the params.
@@ -37,16 +40,19 @@ def models_at_once(platform: str, *, rows: int, params: int, count: int, shared:
     5
     >>> models_at_once("gpu", rows=8 * 16 * 64, params=1_315_758_080, count=5, shared=True)
     2
-    >>> models_at_once("gpu", rows=320, params=28_938, count=20, shared=False)
+    >>> models_at_once("gpu", rows=320, params=55_210, count=20, shared=False)
     20
+    >>> models_at_once("gpu", rows=320 * 28 * 28, params=28_938, count=20, shared=False)
+    1
     >>> models_at_once("cpu", rows=320, params=28_938, count=20, shared=False)
     1
     """
     if platform == "cpu":
         return 1
+    full = FULL.get(platform, FULL["gpu"])
     if shared:
-        return max(1, min(count, FULL // rows))
-    return count if count * params <= STORED else 1
+        return max(1, min(count, full // rows))
+    return count if rows < full and count * params <= STORED else 1
 
 
 def at_once(fn: Callable[..., Any], clients: int | None) -> Callable[..., Any]:

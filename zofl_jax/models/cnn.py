@@ -167,7 +167,11 @@ def max_pool(x: Array) -> Array:
 
 @jax.custom_jvp
 def _max_pool(x: Array) -> Array:
-    return functools.reduce(jnp.maximum, _quarters(x))
+    if platforms.current().platform == "cpu":
+        return functools.reduce(jnp.maximum, _quarters(x))
+    # By the TPU's compiler, slices of clients under a vmap take seven times as many cycles.
+    window = (1, 2, 2, 1)
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID")
 
 
 @_max_pool.defjvp
