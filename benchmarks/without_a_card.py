@@ -33,15 +33,18 @@ from zofl_jax.planning.plans import UNKNOWN
 
 GPU, TPU = "h100:1", "v5e:2x2"
 ROWS = (
-    ("cnn-k4", "low_rank"),
-    ("cnn-k4", "gaussian"),
-    ("cnn", "gaussian"),
-    ("decoder-135m", "low_rank"),
-    ("decoder-135m", "gaussian"),
-    ("opt-1.3b", "low_rank"),
-    ("opt-1.3b", "gaussian"),
+    ("cnn-k4", "low_rank", False),
+    ("cnn-k4", "gaussian", False),
+    ("cnn", "gaussian", False),
+    ("decoder-135m", "low_rank", False),
+    ("decoder-135m", "gaussian", False),
+    ("opt-1.3b", "low_rank", False),
+    ("opt-1.3b", "gaussian", False),
+    ("opt-1.3b", "low_rank", True),
+    ("opt-1.3b", "gaussian", True),
 )
-"""Configs of `workloads`, and how directions are drawn."""
+"""Configs of `workloads`, how directions are drawn, and whether clients and models are evaluated
+one at a time, in place of as many as the library takes."""
 
 Forward = Callable[[Params, Batch, Array], Array]
 
@@ -55,23 +58,26 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = made.parse_args(argv)
     topologies.prepare()
     done = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
-    rows = {_name(row["config"], row["variant"]): row for row in done.get("rows", ())}
-    for config, variant in ROWS:
-        name = _name(config, variant)
+    rows = {
+        _name(row["config"], row["variant"], row["single"]): row for row in done.get("rows", ())
+    }
+    for row in ROWS:
+        name = _name(*row)
         if name in rows or options.only not in name:
             continue
-        rows[name] = counted(config, variant, options.smoke)
+        rows[name] = counted(*row, options.smoke)
         ordered = [rows[each] for each in (_name(*row) for row in ROWS) if each in rows]
         measuring.report({"rows": ordered, **measuring.machine(1)}, options.out)
     return {"rows": list(rows.values())}
 
 
-def counted(config: str, variant: str, smoke: bool = False) -> dict[str, Any]:
+def counted(config: str, variant: str, single: bool, smoke: bool = False) -> dict[str, Any]:
     """Returns a row: what a round takes, and its bound."""
-    gpu, tpu = (_OneDevice(name, config, variant, smoke) for name in (GPU, TPU))
+    gpu, tpu = (_OneDevice(name, config, variant, single, smoke) for name in (GPU, TPU))
     return {
         "config": config,
         "variant": variant,
+        "single": single,
         "gpu_by_trace": {"round": gpu.traced_round(), "bound": gpu.traced_bound()},
         "tpu_by_compiler": {"round": tpu.compiled_round(), "bound": tpu.compiled_bound()},
     }
@@ -80,12 +86,14 @@ def counted(config: str, variant: str, smoke: bool = False) -> dict[str, Any]:
 class _OneDevice:
     """A round and its bound on a device that need not be there."""
 
-    def __init__(self, topology: str, config: str, variant: str, smoke: bool):
+    def __init__(self, topology: str, config: str, variant: str, single: bool, smoke: bool):
         self.mesh = topologies.mesh(topology, placement.Shape(clients=1))
         self.where = placement.Placement(self.mesh)
         with self.where.tracing():
             made = workloads.CONFIGS[config](smoke=smoke, accelerator=True)
             self.work = workloads.in_form(made, variant)
+        if single:
+            self.work = self.work._replace(clients_at_once=1, perturbations_at_once=1)
         self.simulator = simulation.make_simulator(
             workloads.algorithm(self.work, variant),
             self.work.task,
@@ -186,7 +194,7 @@ def table(results: Path) -> str:
         gpu, tpu = row["gpu_by_trace"], row["tpu_by_compiler"]
         beyond = tpu["round"]["temporaries"] - tpu["bound"]["temporaries"]
         cells = [
-            f"{row['config']}, {row['variant'].replace('_', ' ')}",
+            _name(row["config"], row["variant"], row["single"]),
             *(_ratio(each, name) for each in (gpu, tpu) for name in ("flops", "traffic")),
             _ratio(tpu, "cycles"),
             f"{beyond / tpu['round']['params']:.2f}",
@@ -205,8 +213,8 @@ def _figures(products: int, traffic: int | None, temporaries: int | None) -> dic
     return {"flops": products, "traffic": traffic, "temporaries": temporaries}
 
 
-def _name(config: str, variant: str) -> str:
-    return f"{config} {variant}"
+def _name(config: str, variant: str, single: bool) -> str:
+    return f"{config}, {variant.replace('_', ' ')}{', one at a time' if single else ''}"
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ def test_without_the_compiler_one_sentence_says_so(monkeypatch):
 
 @needs_libtpu
 def test_a_round_is_held_against_its_bound_without_a_card():
-    row = without_a_card.counted("cnn", "gaussian", smoke=True)
+    row = without_a_card.counted("cnn", "gaussian", single=False, smoke=True)
     for found in (row["gpu_by_trace"], row["tpu_by_compiler"]):
         assert found["round"]["flops"] >= found["bound"]["flops"] > 0
         assert found["round"]["traffic"] > found["bound"]["traffic"] > 0

@@ -13,8 +13,8 @@ import jax
 
 FULL = {"gpu": 2**14, "tpu": 2**13}
 """Rows of a product (texts' tokens, pixels of a convolution) that fill an accelerator about as well
-as more do. A TPU's is by the cycles that its compiler expects: beyond, activations of OPT-1.3B leave
-the chip's fast memory."""
+as more do. A TPU's is by the cycles that its compiler expects: beyond, activations of OPT-1.3B
+leave the chip's fast memory."""
 
 STORED = 2**26
 """Numbers of dense directions that may be stored at a time, for models evaluated at once."""
