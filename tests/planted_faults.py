@@ -595,6 +595,22 @@ FAULTS = (
         "The last token of the padding counts as one of the prompt.",
         ("encoding",),
     ),
+    Fault(
+        "pool_of_overlapping_windows",
+        "zofl_jax/models/cnn.py",
+        "jax.lax.max, window, window,",
+        "jax.lax.max, (1, 3, 2, 1), window,",
+        "On accelerators a pool looks at a row of the next window.",
+        ("accelerator_forms",),
+    ),
+    Fault(
+        "search_stops_between",
+        "experiments/tuning.py",
+        "elif step == 4 or not higher.good:",
+        "elif not higher.good:",
+        "Where four times the rate is good and no better, twice the rate is not tried.",
+        ("tuning",),
+    ),
 )
 
 
