@@ -46,8 +46,6 @@ ROWS = (
 """Configs of `workloads`, how directions are drawn, and whether clients and models are evaluated
 one at a time, in place of as many as the library takes."""
 
-Forward = Callable[[Params, Batch, Array], Array]
-
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Counts, prints and saves."""

@@ -125,8 +125,9 @@ def decoder_work(
         config = architectures.named(name, **changes, **sizes, num_heads=4, num_kv_heads=4)
         population, batch, length = clients, 2, 4
     per_step = clients * batch
-    sizes_of_bound = (batch, per_step, (num_perturbations + 1) * per_step)
-    each = -(-sizes_of_bound[-1] // population) if accelerator else 2 * batch
+    most = (num_perturbations + 1) * per_step
+    sizes_of_bound = [*([batch] if accelerator else []), per_step, most]
+    each = -(-most // population) if accelerator else 2 * batch
     task = tokens.random_task(config, population, each, length)
     fitting = tuple(sorted({min(size, len(task.test["label"])) for size in sizes_of_bound}))
     return Work(
