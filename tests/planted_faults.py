@@ -235,8 +235,8 @@ FAULTS = (
     Fault(
         "base_loss_perturbed",
         "zofl_jax/directions/estimators.py",
-        "jnp.where(jnp.arange(-1, num_perturbations) < 0, 0.0, mu)",
-        "jnp.where(jnp.arange(-1, num_perturbations) <= 0, 0.0, mu)",
+        "scales = jnp.where(order < 0, 0.0, mu)[:, None]",
+        "scales = jnp.where(order <= 0, 0.0, mu)[:, None]",
         "Where models are evaluated together, the first direction is measured at no distance.",
         ("low_rank",),
     ),
@@ -342,8 +342,8 @@ FAULTS = (
     Fault(
         "catch_up_from_its_last_round",
         "zofl_jax/engine/ledger.py",
-        "held = 0 if new else last + (sizes.sync is None)",
-        "held = 0 if new else last",
+        "self._held[members] = now + (sizes.sync is None)",
+        "self._held[members] = now",
         "A client is sent the broadcast of its last round a second time.",
         ("ledger",),
     ),
@@ -358,8 +358,8 @@ FAULTS = (
     Fault(
         "first_sync_twice",
         "zofl_jax/engine/ledger.py",
-        "return catch_up, sizes.params if new else 0",
-        "return catch_up, sizes.params if last <= 0 else 0",
+        "self._cheapest(held, now, sizes.params if new else 0, points)",
+        "self._cheapest(held, now, sizes.params if held <= 1 else 0, points)",
         "A client that was last there in round 0 is sent the initial params again.",
         ("ledger",),
     ),
