@@ -172,6 +172,9 @@ def test_a_run_keeps_the_rate_it_found_and_its_diagnoses(commands):
         )
     )
     assert (first.code, more.code, other.code, wrong.code) == (0, 0, 1, 1)
+    # In turn, commands are run with --nofigures.
+    assert first.out.endswith("\nLog and summary are in run\n")
+    assert not list((commands.folder / "run").glob("*.png"))
     assert "note: --auto_lr tries learning rates for 7 rounds each, from 0.1 on\n" in first.err
     (chosen,) = re.findall(r"note: --auto_lr chose (\S+): tried at 3 times each rate", first.err)
     kept = json.loads((commands.folder / "run" / "flags.json").read_text())["learning_rate"]
