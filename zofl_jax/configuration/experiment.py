@@ -362,7 +362,7 @@ def for_devices(
         each = 1  # rows of a product that an example takes
         if config.kind == "texts":
             each = task.test["tokens"].shape[1]
-        elif convolutional(config):
+        elif convolutional(config) and where.platform != "cpu":
             each = math.prod(task.test["image"].shape[1:3])
         shared, groups = config.perturbation in choices.FACTORED, config.groups
         at_once = batching.models_at_once(
