@@ -22,7 +22,8 @@ is doubled, fourfold where the loss fell by less than `LITTLE` of its start, unt
 the run's rounds are spent; where four times the best is no better, the rate in between follows. If
 the first is bad the rate is halved, or quartered if the loss rose in the first half of the trial,
 until one is good. A bad trial ends where the loss has doubled. Where the next rate tried above the
-best is bad, but not before the second half of its trial, the geometric mean of the two is taken.
+best is bad, but not before the second half of its trial, the geometric mean of the two is tried
+last. Only a rate whose own trial was good is chosen: means that were not tried have diverged.
 """
 
 import math
@@ -209,7 +210,10 @@ def search(
         else:
             break
     if above and above.late and not above.good and above.learning_rate <= 3 * best.learning_rate:
-        return _rounded(math.sqrt(best.learning_rate * above.learning_rate)), trials
+        between = attempt(_rounded(math.sqrt(best.learning_rate * above.learning_rate)))
+        trials.append(between)
+        if between.good and between.end < best.end:
+            best = between
     return best.learning_rate, trials
 
 

@@ -98,14 +98,18 @@ def landscape(edge, best=math.inf, late=False, least=0.1):
 
 
 def test_the_search_doubles_a_good_rate_and_lowers_a_bad_one():
-    for late, chosen in ((False, 0.4), (True, 0.566)):
-        attempt, tried = landscape(edge=0.5, late=late)
+    for late, edge, chosen, last in (
+        (False, 0.5, 0.4, []),
+        (True, 0.5, 0.4, [0.566]),  # between them, which is bad too
+        (True, 0.6, 0.566, [0.566]),
+    ):
+        attempt, tried = landscape(edge, late=late)
         assert tuning.search(attempt, 0.1, 1000)[0] == chosen
-        assert tried == [0.1, 0.2, 0.4, 0.8]
+        assert tried == [0.1, 0.2, 0.4, 0.8, *last]
     attempt, tried = landscape(edge=0.5)  # bad from the start: a fourth, then between
     assert tuning.search(attempt, 1.6, 1000)[0] == 0.4 and tried == [1.6, 0.4, 0.8]
-    attempt, tried = landscape(edge=0.5, late=True)
-    assert tuning.search(attempt, 1.6, 1000)[0] == 0.566 and tried == [1.6, 0.8, 0.4]
+    attempt, tried = landscape(edge=0.6, late=True)
+    assert tuning.search(attempt, 1.6, 1000)[0] == 0.566 and tried == [1.6, 0.8, 0.4, 0.566]
     attempt, tried = landscape(edge=9, best=0.2, least=0.2)  # good, but no better
     assert tuning.search(attempt, 0.1, 1000)[0] == 0.2 and tried == [0.1, 0.2, 0.4]
     attempt, tried = landscape(edge=9, least=0.2)  # as long as rounds are left
@@ -115,12 +119,10 @@ def test_the_search_doubles_a_good_rate_and_lowers_a_bad_one():
 def test_far_below_the_best_rate_the_search_goes_fourfold():
     attempt, tried = landscape(edge=9, least=0.0)
     assert tuning.search(attempt, 0.1, 20)[0] == 0.4 and tried == [0.1, 0.4]
-    for late, chosen in (
-        (False, 0.2),
-        (True, 0.283),
-    ):  # too far: the rate between, whatever that takes
+    for late, chosen, last in ((False, 0.2, []), (True, 0.283, [0.283])):
+        # Too far: the rate between, whatever that takes.
         attempt, tried = landscape(edge=0.3, least=-0.2, late=late)
-        assert tuning.search(attempt, 0.1, 15)[0] == chosen and tried == [0.1, 0.4, 0.2]
+        assert tuning.search(attempt, 0.1, 15)[0] == chosen and tried == [0.1, 0.4, 0.2, *last]
     attempt, tried = landscape(edge=9, best=0.15, least=0.1)  # good, but no better
     assert tuning.search(attempt, 0.1, 20)[0] == 0.2 and tried == [0.1, 0.4, 0.2]
 
