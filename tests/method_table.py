@@ -2,7 +2,8 @@
 
 A new method is one more row of `METHODS`: how it is made for a loss and a step size, and the step
 size with which it learns the digits. What differs from such a row in a part alone (directions,
-mask, estimator, rule) is a row of `VARIANTS`, tried on a quadratic.
+mask, estimator, rule) is a row of `VARIANTS`, tried on a quadratic. Phases of two methods have rows
+of their own in `test_warmup.py`, which checks the same of them.
 """
 
 from collections.abc import Callable

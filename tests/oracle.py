@@ -1,4 +1,4 @@
-"""DeComFL, and Ferret, as objects and messages: a slow NumPy reference in float64.
+"""DeComFL, Ferret and the hybrid as objects and messages: a slow NumPy reference in float64.
 
 Server and clients are objects that share nothing. All they learn of each other are the
 messages of `zofl_jax.ledger`, bytes that pass through a `Channel`, which counts them:
@@ -309,7 +309,7 @@ class Server:
         return (total / weight_sum).astype(self.agreement.dtype).tobytes()
 
 
-# Ferret: another agreement, and servers and clients that keep to it.
+# Ferret and the hybrid: other agreements, and the server that keeps to them.
 
 
 class Line(NamedTuple):
@@ -328,6 +328,9 @@ class Ferret(NamedTuple):
     sketch: Callable[[bytes], Sequence[Line]]  # seed -> P lines
     shapes: dict[str, tuple[int, ...]]
     dtype: np.dtype
+
+    def start(self, params: Tree) -> Tree:
+        return params
 
     def apply(self, x: Tree, seed: bytes, message: bytes) -> Tree:
         """x −= η_g Σ_p f s_p z_p / √P."""
@@ -358,24 +361,107 @@ class Ferret(NamedTuple):
         return message, {name: change[name] + step[name] for name in x}
 
 
-class FerretServer:
-    """Sends the model, or what a client missed where that is shorter; no broadcast at the end."""
+class Hybrid(NamedTuple):
+    """Exact gradients for the top, scalars along directions that are zero there for the rest.
 
-    def __init__(self, agreement: Ferret, params: Tree, num_clients: int, remainder: bool):
+    Everyone holds the params and the momentum of the rest, under `MOMENTUM` and its name. A message
+    is K·P scalars and what changed of the top.
+    """
+
+    scalar: ScalarFn
+    smoothing: float
+    local_steps: int
+    num_perturbations: int
+    optimizer: Callable[[], SGD]  # of the rest, whose momentum is kept
+    top_optimizer: Callable[[], SGD]  # of the top, a new one in every round
+    top_rate: float  # that the steps of the top are multiplied by
+    direction: Callable[[bytes, int, int], Tree]  # (seed, local step, index) -> z of the rest
+    top: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    dtype: np.dtype
+
+    @property
+    def rest(self) -> list[str]:
+        return [name for name in self.shapes if name not in self.top]
+
+    def start(self, params: Tree) -> Tree:
+        zeros = {MOMENTUM + name: np.zeros(self.shapes[name]) for name in self.rest}
+        return {**params, **zeros}
+
+    def apply(self, state: Tree, seed: bytes, message: bytes) -> Tree:
+        """K optimiser steps of the rest; t −= Δ."""
+        numbers = np.frombuffer(message, self.dtype).astype(np.float64)
+        count = self.local_steps * self.num_perturbations
+        for k, row in enumerate(numbers[:count].reshape(self.local_steps, -1)):
+            state = self._descend(state, seed, k, row)
+        sizes = [int(np.prod(self.shapes[name])) for name in self.top]
+        changes = np.split(numbers[count:], np.cumsum(sizes)[:-1])
+        moved = {
+            name: state[name] - change.reshape(self.shapes[name])
+            for name, change in zip(self.top, changes, strict=True)
+        }
+        return {**state, **moved}
+
+    def upload(
+        self, f: Objective, state: Tree, seed: bytes, batches: Sequence[Batch], left: None
+    ) -> tuple[bytes, None]:
+        """Returns the scalars of K steps and what they changed of the top."""
+        optimizer, sent, local = self.top_optimizer(), [], state
+        for k, batch in enumerate(batches):
+            x = {name: local[name] for name in self.shapes}
+            row = []
+            for p in range(self.num_perturbations):
+                z = self._along(seed, k, p)
+                row.append(self.scalar(f, x, z, batch, self.smoothing))
+            gradient = f.gradient(x, batch)
+            stepped = optimizer.update({name: x[name] for name in self.top}, gradient)
+            local = self._descend(local, seed, k, np.array(row))
+            for name in self.top:
+                local[name] = x[name] + self.top_rate * (stepped[name] - x[name])
+            sent += row
+        changes = [(state[name] - local[name]).ravel() for name in self.top]
+        return np.concatenate([sent, *changes]).astype(self.dtype).tobytes(), left
+
+    def _descend(self, state: Tree, seed: bytes, k: int, scalars: np.ndarray) -> Tree:
+        direction = {name: np.zeros(self.shapes[name]) for name in self.rest}
+        for p, scalar in enumerate(scalars):
+            z = self._along(seed, k, p)
+            for name in self.rest:
+                direction[name] += scalar * z[name] / len(scalars)
+        optimizer = self.optimizer()
+        optimizer.buffer = {name: state[MOMENTUM + name] for name in self.rest}
+        moved = optimizer.update({name: state[name] for name in self.rest}, direction)
+        kept = {MOMENTUM + name: buffer for name, buffer in optimizer.buffer.items()}
+        return {**state, **moved, **kept}
+
+    def _along(self, seed: bytes, k: int, p: int) -> Tree:
+        still = {name: np.zeros(self.shapes[name]) for name in self.top}
+        return {**still, **self.direction(seed, k, p)}
+
+
+MOMENTUM = "momentum of "
+
+
+class ModelServer:
+    """Sends what all hold, or what a client missed where that is shorter; no broadcast at the end.
+
+    What all hold are the params, and what `apply` moves beside them. A new client is sent the
+    initial params and all rounds where that is shorter.
+    """
+
+    def __init__(
+        self, agreement: "Ferret | Hybrid", params: Tree, num_clients: int, remainder: bool = False
+    ):
         self.agreement = agreement
-        self.model = self.pack(params)
-        self.params = _unpack_params(agreement, self.model)
+        self.initial = _packed(agreement, params)
+        self.state = agreement.start(_unpack_params(agreement, self.initial))
         self.log: list[tuple[bytes, bytes]] = []
-        self.held: dict[int, tuple[int, Tree]] = {}  # of a client: its round, its params
-        self.sent: set[str] = set()  # the ways clients were brought up to date
+        self.held: dict[int, tuple[int, Tree]] = {}  # of a client: its round, what it holds
+        self.sent: set[tuple[str, str]] = set()  # column, and what clients were sent
         self.left: list[Tree | None] = [
-            {name: np.zeros_like(x) for name, x in self.params.items()} if remainder else None
+            {name: np.zeros_like(x) for name, x in self.state.items()} if remainder else None
             for _ in range(num_clients)
         ]
-
-    def pack(self, params: Tree) -> bytes:
-        names, dtype = self.agreement.shapes, self.agreement.dtype
-        return b"".join(np.asarray(params[name], dtype).tobytes() for name in names)
 
     def run_round(
         self,
@@ -396,32 +482,41 @@ class FerretServer:
             sent = channel.carry("upload", upload)
             total = total + np.frombuffer(sent, self.agreement.dtype).astype(np.float64)
         broadcast = (total / len(cohort)).astype(self.agreement.dtype).tobytes()
-        self.params = self.agreement.apply(self.params, seed, broadcast)
+        self.state = self.agreement.apply(self.state, seed, broadcast)
         self.log.append((seed, broadcast))
 
     def bring_up_to_date(self, i: int, channel: Channel) -> Tree:
-        model = self.pack(self.params)
-        if i not in self.held:
-            return _unpack_params(self.agreement, channel.carry("first_sync", model))
-        since, x = self.held[i]
-        missed = self.log[since:]
-        longer = sum(len(seed + sent) for seed, sent in missed) >= len(model)
-        self.sent.add("model" if longer else "missed rounds")
+        column, first = ("catch_up", b"") if i in self.held else ("first_sync", self.initial)
+        since, x = self.held.get(i, (0, self.state))
+        missed, whole = self.log[since:], _packed(self.agreement, self.state)
+        longer = len(first) + sum(len(seed + sent) for seed, sent in missed) >= len(whole)
+        self.sent.add((column, "model" if longer else "missed rounds"))
         if longer:
-            return _unpack_params(self.agreement, channel.carry("catch_up", model))
+            shapes = {name: held.shape for name, held in self.state.items()}
+            return _unpacked(channel.carry(column, whole), shapes, self.agreement.dtype)
+        if first:
+            x = self.agreement.start(_unpack_params(self.agreement, channel.carry(column, first)))
         for seed, sent in missed:
-            channel.carry("catch_up", seed + sent)
+            channel.carry(column, seed + sent)
             x = self.agreement.apply(x, seed, sent)
         return x
 
 
-def _unpack_params(agreement: "Agreement | Ferret", message: bytes) -> Tree:
-    numbers = np.frombuffer(message, agreement.dtype).astype(np.float64)
-    sizes = [int(np.prod(shape)) for shape in agreement.shapes.values()]
+def _packed(agreement: Ferret | Hybrid, tree: Tree) -> bytes:
+    return b"".join(np.asarray(x, agreement.dtype).tobytes() for x in tree.values())
+
+
+def _unpack_params(agreement: Agreement | Ferret | Hybrid, message: bytes) -> Tree:
+    return _unpacked(message, agreement.shapes, agreement.dtype)
+
+
+def _unpacked(message: bytes, shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> Tree:
+    numbers = np.frombuffer(message, dtype).astype(np.float64)
+    sizes = [int(np.prod(shape)) for shape in shapes.values()]
     pieces = np.split(numbers, np.cumsum(sizes)[:-1])
     return {
         name: piece.reshape(shape)
-        for (name, shape), piece in zip(agreement.shapes.items(), pieces, strict=True)
+        for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
     }
 
 

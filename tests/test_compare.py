@@ -360,7 +360,10 @@ def parsed(*lines, flagfile=None):
 
 @pytest.mark.parametrize(
     "name",
-    ["demo", "compare_digits", "compare_fashion", "directions_digits", "directions_fashion"],
+    [
+        *("demo", "compare_digits", "compare_fashion", "ho_fl_small"),
+        *("directions_digits", "directions_fashion"),
+    ],
 )
 def test_flag_files_can_be_read_and_say_what_they_do(name):
     path = FLAGFILES / f"{name}.flags"

@@ -12,7 +12,8 @@ import pytest
 from tiny_tasks import BATCH_SIZE, softmax_task
 
 from zofl_jax import keys
-from zofl_jax.algorithms import decomfl, ferret
+from zofl_jax.algorithms import decomfl, ferret, hybrid
+from zofl_jax.algorithms.hybrid import Boundary
 from zofl_jax.core import Phase, Task
 from zofl_jax.data import batches as data_batches
 from zofl_jax.directions import estimators, perturbations
@@ -66,7 +67,7 @@ def make_softmax_simulator(
 class Run(NamedTuple):
     """What a run left behind, of the library or of the oracle."""
 
-    broadcasts: list[np.ndarray]  # [K, P] a round
+    broadcasts: list[Any]  # of each round, [K, P] where they are scalars alone
     params: dict[int, oracle.Tree]  # by the number of rounds done
     bytes: list[dict[str, int]]  # of each round, by column
 
@@ -94,7 +95,11 @@ def run_library(
     schedule = Schedule(
         np.concatenate([t.cohorts for t in traces]), np.concatenate([t.seeds for t in traces])
     )
-    broadcasts = [b for t in traces for b in t.broadcasts]
+    broadcasts = [
+        jax.tree.map(lambda x: x[i], t.broadcasts)  # noqa: B023
+        for t in traces
+        for i in range(len(t.losses))
+    ]
     return Run(broadcasts, params, columns), schedule, progress.ledger
 
 
@@ -396,7 +401,6 @@ def test_ferret_agrees(x64, by_block, rank, remainder):
     simulator = simulation.make_simulator(
         algorithm, task, clients_per_round=COHORT, batch_size=BATCH_SIZE
     )
-    library, schedule, book = run_library(simulator)
     params = jax.tree.map(np.asarray, task.init(simulator.root.init))
     draw = functools.partial(draw_lines, count, by_block, RADEMACHER, params)
     agreement = oracle.Ferret(
@@ -408,7 +412,64 @@ def test_ferret_agrees(x64, by_block, rank, remainder):
         {name: x.shape for name, x in params.items()},
         np.dtype(np.float64),
     )
-    server = oracle.FerretServer(agreement, params, task.train.num_clients, remainder)
+    server = oracle.ModelServer(agreement, params, task.train.num_clients, remainder)
+    assert_agreement_of_models(simulator, server)
+    assert server.sent == {
+        ("first_sync", "model"),
+        ("catch_up", "model"),
+        ("catch_up", "missed rounds"),
+    }
+
+
+@pytest.mark.parametrize("top", ["bias", "kernel"])
+def test_hybrid_agrees(x64, top):
+    """Gradients above the boundary and scalars below it, of which everyone keeps the momentum."""
+    count, steps, top_rate, top_momentum = 2, 3, 2.0, 0.5
+    task = softmax_task(np.float64)
+    algorithm = hybrid(
+        task.loss,
+        estimators.central_difference(count, MU),
+        sgd(),
+        optax.sgd(RATE, top_momentum),
+        boundary=Boundary(top),
+        top_rate=top_rate,
+        local_steps=steps,
+    )
+    simulator = simulation.make_simulator(
+        algorithm, task, clients_per_round=COHORT, batch_size=BATCH_SIZE
+    )
+    params = jax.tree.map(np.asarray, task.init(simulator.root.init))
+    rest = {name: x for name, x in params.items() if name != top}
+
+    @functools.cache
+    def direction(seed: bytes, k: int, p: int) -> oracle.Tree:
+        z = draw_direction(GAUSSIAN, "threefry2x32", np.frombuffer(seed, np.uint32), k, p, rest)
+        return jax.tree.map(np.asarray, z)
+
+    agreement = oracle.Hybrid(
+        scalar=oracle.central_difference,
+        smoothing=MU,
+        local_steps=steps,
+        num_perturbations=count,
+        optimizer=oracle_sgd(),
+        top_optimizer=lambda: oracle.SGD(RATE, top_momentum),
+        top_rate=top_rate,
+        direction=direction,
+        top=(top,),
+        shapes={name: x.shape for name, x in params.items()},
+        dtype=np.dtype(np.float64),
+    )
+    server = oracle.ModelServer(agreement, params, task.train.num_clients)
+    assert_agreement_of_models(simulator, server)
+    ways = {("first_sync", "missed rounds"), ("first_sync", "model"), ("catch_up", "model")}
+    # Of a small top the scalars of a round are fewer than what all hold.
+    assert server.sent == ways | ({("catch_up", "missed rounds")} if top == "bias" else set())
+
+
+def assert_agreement_of_models(simulator: simulation.Simulator, server: oracle.ModelServer) -> None:
+    """Runs both sides: numbers to 1e-9, and bytes exactly."""
+    task, steps = simulator.task, server.agreement.local_steps
+    library, schedule, book = run_library(simulator)
     channel = oracle.Channel()
     for r, (cohort, seed) in enumerate(zip(schedule.cohorts.tolist(), schedule.seeds, strict=True)):
 
@@ -417,13 +478,11 @@ def test_ferret_agrees(x64, by_block, rank, remainder):
             return [jax.tree.map(lambda x: np.asarray(x)[k], drawn) for k in range(steps)]  # noqa: B023
 
         server.run_round(cohort, oracle.softmax_regression(), batches, seed.tobytes(), channel)
-        assert_close(library.broadcasts[r], np.frombuffer(server.log[r][1]))
-        for name, expected in server.params.items():
-            if r + 1 in library.params:
-                assert_close(library.params[r + 1][name], expected)
-    reference = Run([], {}, channel.rounds)
-    assert_bytes_agree(library, reference, book)
-    assert server.sent == {"model", "missed rounds"}
+        sent = np.concatenate([x.ravel() for x in jax.tree.leaves(library.broadcasts[r])])
+        assert_close(sent, np.frombuffer(server.log[r][1]))
+        for name, actual in library.params.get(r + 1, {}).items():
+            assert_close(actual, server.state[name])
+    assert_bytes_agree(library, Run([], {}, channel.rounds), book)
 
 
 def draw_lines(

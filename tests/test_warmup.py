@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from zofl_jax.conditions.compression import compressed, top_k
 from zofl_jax.core import Phase
 from zofl_jax.directions import estimators
 from zofl_jax.engine import ledger, passes, simulation
+from zofl_jax.runs import snapshots
 
 TASK = softmax_task()
 COHORT, WARM = 2, 4
@@ -64,16 +65,12 @@ PAIRS = {
 pairs = pytest.mark.parametrize("name", PAIRS)
 
 
-def make(algorithm):
-    return simulation.make_simulator(
-        algorithm, TASK, clients_per_round=COHORT, batch_size=BATCH_SIZE
-    )
-
-
 @functools.cache
-def alone(method):
-    """Returns the simulator of one of the methods, which several pairs have."""
-    return make(method())
+def make(method):
+    """Returns the simulator of what a function returns, an algorithm or phases."""
+    return simulation.make_simulator(
+        method(), TASK, clients_per_round=COHORT, batch_size=BATCH_SIZE
+    )
 
 
 def play(simulator, pieces):
@@ -88,33 +85,39 @@ def play(simulator, pieces):
     return kept, traces
 
 
-class Played(NamedTuple):
-    """A few rounds of both methods of a pair."""
+class Ran(NamedTuple):
+    """A pair's rounds in dispatches of different lengths; the first two are the warm-up."""
 
     simulator: simulation.Simulator
-    kept: list[tuple[Any, Any]]  # state and memory at the start and after 1, 4, 6 and 7 rounds
-    traces: list[simulation.Trace]
-    traced: list[dict[str, int]]  # how often the functions of each were
+    kept: list  # state and memory, before each dispatch and at the end
+    traces: list
+    traced: list  # how often each method's functions were
 
 
 @functools.cache
-def played(name):
-    counts = [collections.Counter(), collections.Counter()]
-    pair = [counted(method(), count) for method, count in zip(PAIRS[name], counts, strict=True)]
-    simulator = make(warmed_up(*pair, WARM))
-    kept, traces = play(simulator, (1, 3, 2, 1))
-    return Played(simulator, kept, traces, [dict(count) for count in counts])
+def ran(name):
+    traced = [collections.Counter(), collections.Counter()]
+    pair = [counted(one(), count) for one, count in zip(PAIRS[name], traced, strict=True)]
+    simulator = make(lambda: warmed_up(*pair, WARM))
+    kept, traces = play(simulator, (1, WARM - 1, 2, 1))
+    return Ran(simulator, kept, traces, [collections.Counter(count) for count in traced])
+
+
+@functools.cache
+def alone(method):
+    """Returns what the rounds of a warm-up make of the initial model without anything after."""
+    return play(make(method), (WARM,))[0][-1][0]
 
 
 @pairs
 def test_the_second_method_goes_on_from_the_model_of_the_first(name):
     """Both do what they do on their own: from the initial model, and from that of round W."""
-    _, _, (middle, _), _, (end, _) = played(name).kept
-    first, second = map(alone, PAIRS[name])
-    expected = play(first, (WARM,))[0][-1][0]
-    assert_replayed(middle.params, expected.params, exact=False)
-    start = second.start(jax.tree.map(jnp.asarray, middle.params))
-    state, _, _ = second.advance(
+    first, second = PAIRS[name]
+    (middle, _), (end, _) = ran(name).kept[2], ran(name).kept[-1]
+    assert_replayed(middle.params, alone(first).params, exact=False)
+    after = make(second)
+    start = after.start(jax.tree.map(jnp.asarray, middle.params))
+    state, _, _ = after.advance(
         start.state._replace(round=jnp.asarray(WARM, jnp.int32)), start.memory, 3
     )
     jax.tree.map(
@@ -123,13 +126,15 @@ def test_the_second_method_goes_on_from_the_model_of_the_first(name):
 
 
 @pairs
-def test_it_keeps_the_contract(name):
-    """Each method is traced as often as alone, types stay, and it resumes and replays."""
-    simulator, kept, traces, traced = played(name)
+def test_it_keeps_the_contract(name, tmp_path):
+    """Each method is traced as often as alone, types stay, it resumes from disk and replays."""
+    simulator, kept, traces, traced = ran(name)
     assert traced == [TRACES, TRACES]
     initial, final = kept[0], kept[-1]
     assert jax.tree.map(jax.typeof, final) == jax.tree.map(jax.typeof, initial)
-    state, memory = jax.tree.map(jnp.asarray, kept[1])
+    snapshots.save(tmp_path, 1, kept[1])
+    _, read = snapshots.load_latest(tmp_path, initial, 1)[0]
+    state, memory = jax.tree.map(jnp.asarray, read)
     for n in (2, 1, 1, 2):
         state, memory, _ = simulator.advance(state, memory, n)
     assert_same_bits(copy((state, memory)), final)
@@ -140,11 +145,28 @@ def test_it_keeps_the_contract(name):
 
 
 @pairs
+def test_the_ledger_counts_the_bytes_of_both_methods_messages(name):
+    simulator, kept, traces, _ = ran(name)
+    key, (state, memory) = jax.random.key(1), kept[-1]
+    own = jax.tree.map(lambda m: m[0], memory)
+    for phase, sizes, trace in zip(simulator.phases, simulator.sizes, traces[1::2], strict=True):
+        algorithm = phase.algorithm
+        rows = np.zeros((algorithm.local_steps, BATCH_SIZE), np.int64)
+        batches = jax.tree.map(lambda x: x[rows], TASK.train.examples)  # noqa: B023
+        upload = jax.eval_shape(algorithm.client, key, state, own, batches, key).upload
+        assert ledger.tree_bytes(upload) == sizes.upload
+        assert len(serialised(jax.tree.map(lambda x: x[0], trace.broadcasts))) == sizes.broadcast
+        sync = algorithm.sync
+        assert sizes.sync == (None if sync is None else len(serialised(sync.message(state))))
+
+
+@pairs
 def test_it_descends_in_both_phases(name):
-    simulator, kept, *_ = played(name)
-    first, middle = (kept[i][0].params for i in (0, 2))
-    last = play(simulator, (WARM, 100))[0][-1][0].params
-    losses = [simulator.evaluate(params)["loss"] for params in (first, middle, last)]
+    simulator, kept, *_ = ran(name)
+    state, memory = jax.tree.map(jnp.asarray, kept[2])
+    last, _, _ = simulator.advance(state, memory, 100)
+    found = [kept[0][0].params, kept[2][0].params, last.params]
+    losses = [simulator.evaluate(params)["loss"] for params in found]
     assert losses[1] < losses[0] and losses[2] < losses[1]
 
 
@@ -153,7 +175,7 @@ def test_bytes_are_those_of_messages_that_bring_every_client_up_to_date():
 
     A client is brought to round W by the model of that round, and by the scalars from there.
     """
-    simulator = played("fedavg, decomfl").simulator
+    simulator = ran("fedavg, decomfl").simulator
     kept, traces = play(simulator, (WARM, 1, 1, 1, 1, 1, 1))
     first, second = simulator.sizes
     boundary = jax.tree.map(jnp.asarray, kept[1][0])
@@ -192,13 +214,13 @@ def test_bytes_are_those_of_messages_that_bring_every_client_up_to_date():
 
 def test_the_pool_s_accumulators_bring_a_client_to_the_second_phase():
     """Of fedkseed in the warm-up: n accumulators and the initial params, then the scalars."""
-    simulator = played("fedkseed, decomfl").simulator
-    kept, traces = play(simulator, (WARM, 3))
-    boundary = jax.tree.map(jnp.asarray, kept[1][0])
+    simulator, kept, traces, _ = ran("fedkseed, decomfl")
+    boundary = jax.tree.map(jnp.asarray, kept[2][0])
     sync = simulator.phases[0].algorithm.sync
     fresh = simulator.phases[0].algorithm.init(TASK.init(simulator.root.init))
     restored = sync.restore(fresh._replace(round=boundary.round), sync.message(boundary))
-    state = simulator.replay(restored, traces[1].seeds, traces[1].broadcasts)
+    scalars = joined(traces[2:])
+    state = simulator.replay(restored, scalars.seeds, scalars.broadcasts)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, 1e-3, 1e-5),
         copy(state.params), kept[-1][0].params,
@@ -207,7 +229,8 @@ def test_the_pool_s_accumulators_bring_a_client_to_the_second_phase():
 
 def test_a_pool_after_the_warm_up_adds_to_its_last_model():
     """The accumulators say what came since round W, so a late client needs that model first."""
-    simulator, (_, _, (middle, _), _, (end, _)), *_ = played("fedavg, fedkseed")
+    simulator, kept, *_ = ran("fedavg, fedkseed")
+    (middle, _), (end, _) = kept[2], kept[-1]
     sync = simulator.phases[1].algorithm.sync
     assert sync.since == WARM and not sync.alone
     message = sync.message(jax.tree.map(jnp.asarray, end))
