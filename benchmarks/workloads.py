@@ -181,8 +181,7 @@ def in_form(work: Work, variant: str) -> Work:
     if platform == "cpu":
         return work
     shapes = jax.eval_shape(work.task.init, jax.random.key(0))
-    test = work.task.test
-    each = test["tokens"].shape[1] if work.architecture else math.prod(test["image"].shape[1:3])
+    each = batching.rows_of_an_example(work.task.test, convolutional=True)  # all of images are
     at_once = batching.models_at_once(
         platform,
         rows=work.clients * work.batch * each,

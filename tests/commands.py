@@ -177,7 +177,9 @@ class Commands:
 
         `train` draws no figures, which take as long as many a test's rounds, unless --figures says.
         """
-        return self._processes.of(name, self.environment).run(self.folder, _few(name, arguments))
+        return self._processes.of(name, self.environment).run(
+            self.folder, _without_figures(name, arguments)
+        )
 
     def train(self, *arguments):
         return self.run("-m", "experiments.train", *arguments)
@@ -195,12 +197,12 @@ class Commands:
         """Runs commands of `train` in one process, which is new."""
         with contextlib.closing(InTurn("train", self.environment)) as process:
             return [
-                process.run(self.folder, _few("train", arguments))
+                process.run(self.folder, _without_figures("train", arguments))
                 for arguments in list_of_arguments
             ]
 
 
-def _few(name, arguments):
+def _without_figures(name, arguments):
     figures = () if name != "train" or "--figures" in arguments else ("--nofigures",)
     return (*arguments, *figures)
 

@@ -359,11 +359,7 @@ def for_devices(
     if config.perturbations_at_once is None:
         params = jax.eval_shape(task.init, root.init)
         clients = config.clients_at_once or config.clients_per_round
-        each = 1  # rows of a product that an example takes
-        if config.kind == "texts":
-            each = task.test["tokens"].shape[1]
-        elif convolutional(config) and where.platform != "cpu":
-            each = math.prod(task.test["image"].shape[1:3])
+        each = batching.rows_of_an_example(task.test, convolutional(config))
         shared, groups = config.perturbation in choices.FACTORED, config.groups
         at_once = batching.models_at_once(
             where.platform,

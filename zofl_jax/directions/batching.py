@@ -6,10 +6,13 @@ activations. What does not depend on the client, such as a direction, is still c
 for all.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from zofl_jax.core import Batch
 
 FULL = {"gpu": 2**14, "tpu": 2**13}
 """Rows of a product (texts' tokens, pixels of a convolution) that fill an accelerator about as well
@@ -53,6 +56,26 @@ def models_at_once(platform: str, *, rows: int, params: int, count: int, shared:
     if shared:
         return max(1, min(count, full // rows))
     return count if rows < full and count * params <= STORED else 1
+
+
+def rows_of_an_example(examples: Batch, convolutional: bool) -> int:
+    """Returns how many rows of a product an example takes, see `models_at_once`.
+
+    Args:
+      examples: "tokens" [n, T], or "image" [n, H, W, C], or others, of a row each.
+      convolutional: whether images go through convolutions.
+
+    >>> import numpy as np
+    >>> rows_of_an_example({"tokens": np.zeros((5, 40))}, convolutional=False)
+    40
+    >>> rows_of_an_example({"image": np.zeros((5, 28, 28, 1))}, convolutional=True)
+    784
+    """
+    if "tokens" in examples:
+        return int(examples["tokens"].shape[1])
+    if convolutional and "image" in examples:
+        return math.prod(examples["image"].shape[1:3])
+    return 1
 
 
 def at_once(fn: Callable[..., Any], clients: int | None) -> Callable[..., Any]:
