@@ -16,6 +16,7 @@ import optax
 from zofl_jax import keys
 from zofl_jax.algorithms import (
     decomfl,
+    decomfl_groups,
     fedadagrad,
     fedadam,
     fedavg,
@@ -137,6 +138,12 @@ SCALAR = {
             loss, estimators.projection(10, perturbations.rademacher()), optax.sgd(rate)
         ),
         rate=0.05,
+    ),
+    "decomfl, groups with directions of their own": Method(
+        lambda loss, rate: decomfl_groups(
+            loss, _central(5), optax.sgd(rate, momentum=0.5), groups=2, local_steps=2
+        ),
+        rate=0.02,
     ),
     "hiso": Method(_hiso, rate=0.02),
     "hiso, local steps, the last one's curvature": Method(
@@ -331,6 +338,17 @@ VARIANTS = {
             loss, _central(), optax.sgd(rate), local_steps=2, shared_directions=True
         ),
         rate=0.1,
+    ),
+    "groups with low-rank directions in int8, local steps": Method(
+        lambda loss, rate: decomfl_groups(
+            loss,
+            _central(perturbation=perturbations.low_rank(2)),
+            optax.sgd(rate),
+            groups=300,
+            local_steps=2,
+            codec=integers(8),
+        ),
+        rate=0.05,
     ),
     "normalised by the spread of the losses": Method(
         lambda loss, rate: decomfl(

@@ -6,8 +6,9 @@ messages of `zofl_jax.ledger`, bytes that pass through a `Channel`, which counts
     first_sync   down  the initial params, once in a client's life
     catch_up     down  for each round the client missed: the seed and the broadcast
     seed         down  the key of this round
-    upload       up    K·P scalars (and the client's number of examples, if means are weighted)
-    broadcast    down  the cohort's mean, K·P scalars
+    upload       up    K·P scalars (and the client's number of examples, if means are weighted;
+                       before them its group, if groups have directions of their own)
+    broadcast    down  the cohort's mean, K·P scalars (of each group)
 
 A late client replays the missed rounds one by one. Losses have hand-written gradients, and
 optimisers follow PyTorch's definitions. Taken from the library, and tested apart: the
@@ -164,6 +165,14 @@ class Agreement(NamedTuple):
     dtype: np.dtype  # of numbers on the wire
     weighted: bool = False
     groups: int = 1  # of a batch, whose directions are p = group, group + groups, ...
+    client_groups: int = 0  # with directions of their own; 0: all clients have the same
+    group_seed: Callable[[bytes, int], bytes] = lambda seed, group: seed
+
+    def seeds(self, seed: bytes) -> list[bytes]:
+        """Returns the seed of each group's directions."""
+        if not self.client_groups:
+            return [seed]
+        return [self.group_seed(seed, g) for g in range(self.client_groups)]
 
 
 class Channel:
@@ -191,19 +200,21 @@ class Replica:
         self.round = 0
 
     def apply_broadcast(self, seed: bytes, broadcast: bytes) -> None:
-        """Advances one round: K optimiser steps with the cohort's mean scalars."""
-        scalars = _unpack_scalars(self.agreement, self.round, broadcast)
-        for k, row in enumerate(scalars):
-            self.descend(seed, k, row)
+        """Advances one round: K optimiser steps with the cohort's mean scalars, of each group."""
+        seeds = self.agreement.seeds(seed)
+        scalars = _unpack_scalars(self.agreement, self.round, broadcast, len(seeds))
+        for k in range(scalars.shape[1]):
+            self.descend(seeds, k, scalars[:, k])
         self.round += 1
 
-    def descend(self, seed: bytes, k: int, scalars: np.ndarray) -> None:
-        """One optimiser step along (1/P) Σ_p scalars[p] z_p."""
+    def descend(self, seeds: Sequence[bytes], k: int, scalars: np.ndarray) -> None:
+        """One optimiser step along (1/P) Σ_g Σ_p scalars[g, p] z_gp."""
         direction = {name: np.zeros_like(x) for name, x in self.params.items()}
-        for p, scalar in enumerate(scalars):
-            z = self.agreement.direction(seed, k, p)
-            for name in direction:
-                direction[name] += scalar * z[name] / len(scalars)
+        for seed, row in zip(seeds, scalars, strict=True):
+            for p, scalar in enumerate(row):
+                z = self.agreement.direction(seed, k, p)
+                for name in direction:
+                    direction[name] += scalar * z[name] / len(row)
         self.params = self.optimizer.update(self.params, direction)
 
     def copy(self) -> "Replica":
@@ -225,11 +236,13 @@ class Client:
         objective: Objective,
         draw_batches: Callable[[int], Sequence[Batch]],
         num_examples: int,
+        draw_group: Callable[[int], int] = lambda r: 0,
     ):
         self.agreement = agreement
         self.objective = objective
         self.draw_batches = draw_batches
         self.num_examples = num_examples
+        self.draw_group = draw_group
         self.replica: Replica | None = None
         self.seed = b""
 
@@ -248,14 +261,17 @@ class Client:
         steps, directions = self.agreement.local_steps(r), self.agreement.num_perturbations(r)
         mu = self.agreement.smoothing(r)
         batches = self.draw_batches(r)
+        group = self.draw_group(r)
+        seed = self.agreement.seeds(self.seed)[group]
         scalars = np.zeros((steps, directions))
         for k in range(steps):
             for p in range(directions):
-                z = self.agreement.direction(self.seed, k, p)
+                z = self.agreement.direction(seed, k, p)
                 own = _part(batches[k], p % self.agreement.groups, self.agreement.groups)
                 scalars[k, p] = self.agreement.scalar(self.objective, local.params, z, own, mu)
-            local.descend(self.seed, k, scalars[k])
-        message = scalars.astype(self.agreement.dtype).tobytes()
+            local.descend([seed], k, scalars[k : k + 1])
+        message = bytes([group]) if self.agreement.client_groups else b""
+        message += scalars.astype(self.agreement.dtype).tobytes()
         return message + struct.pack("<I", self.num_examples) * self.agreement.weighted
 
     def receive_broadcast(self, message: bytes) -> None:
@@ -304,7 +320,11 @@ class Server:
             weight = 1.0
             if self.agreement.weighted:
                 upload, weight = upload[:-4], struct.unpack("<I", upload[-4:])[0]
-            total = total + weight * _unpack_scalars(self.agreement, self.replica.round, upload)
+            share = np.ones(1)
+            if groups := self.agreement.client_groups:
+                upload, share = upload[1:], np.arange(groups) == upload[0]
+            scalars = _unpack_scalars(self.agreement, self.replica.round, upload)
+            total = total + weight * share[:, None, None] * scalars
             weight_sum += weight
         return (total / weight_sum).astype(self.agreement.dtype).tobytes()
 
@@ -520,6 +540,8 @@ def _unpacked(message: bytes, shapes: dict[str, tuple[int, ...]], dtype: np.dtyp
     }
 
 
-def _unpack_scalars(agreement: Agreement, round_index: int, message: bytes) -> np.ndarray:
-    shape = agreement.local_steps(round_index), agreement.num_perturbations(round_index)
+def _unpack_scalars(
+    agreement: Agreement, round_index: int, message: bytes, groups: int = 1
+) -> np.ndarray:
+    shape = groups, agreement.local_steps(round_index), agreement.num_perturbations(round_index)
     return np.frombuffer(message, agreement.dtype).astype(np.float64).reshape(shape)

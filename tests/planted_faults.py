@@ -68,6 +68,23 @@ FAULTS = (
         "FedKSeed's pairs of seed and scalar pass for numbers, and a median of seeds is accepted.",
         ("resolve",),
     ),
+    # Groups of clients.
+    Fault(
+        "one_key_for_all_groups",
+        "zofl_jax/keys.py",
+        "return _settle(jax.random.fold_in(own, group))",
+        "return own",
+        "All groups of clients have the same directions, and nothing is gained by them.",
+        ("decomfl_groups", "oracle"),
+    ),
+    Fault(
+        "groups_averaged_apart",
+        "zofl_jax/algorithms/decomfl_groups.py",
+        "total = jnp.sum(weights)",
+        "total = jnp.sum(jnp.where(member, weights[:, None], 0), 0)",
+        "Each group's scalars are averaged, not summed: a lone client counts for many.",
+        ("decomfl_groups",),
+    ),
     # Scalars of changes, and steps that scalars tell.
     Fault(
         "sketch_of_the_least_error_alone",

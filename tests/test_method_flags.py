@@ -18,7 +18,10 @@ from zofl_jax.configuration.phases import build_phases
 from zofl_jax.engine import ledger
 from zofl_jax.settings import settings_of
 
-SCALARS = {"decomfl", "hiso", "mezo", "feedsign", "fedkseed", "fedkseed_pro", "ferret"}
+SCALARS = {
+    *("decomfl", "decomfl_groups", "hiso", "mezo", "feedsign", "fedkseed", "fedkseed_pro"),
+    "ferret",
+}
 
 
 def shapes(*arguments):
@@ -40,6 +43,7 @@ def test_every_algorithm_is_built_from_its_name(name):
     if name in SCALARS:
         assert sent == {
             "decomfl": 4 * 20 * 4,
+            "decomfl_groups": 4 * 20 * 4 + 1,
             "hiso": 4 * 20 * 4,
             "mezo": 4,
             "feedsign": 1,
@@ -110,6 +114,13 @@ def test_the_scalars_of_fedkseed_are_compressed_and_their_seeds_are_not(codec):
     _, messages = shapes(*arguments)
     assert ledger.tree_bytes(messages.upload) == 10 * 2 + {"float16": 20, "int8": 10 + 4}[codec]
     assert ledger.tree_bytes(messages.broadcast) == 3 * (10 * (2 + 4) + 4)
+
+
+def test_the_scalars_of_groups_are_compressed_both_ways_and_the_group_is_not():
+    arguments = ["--algorithm=decomfl_groups", "--client_groups=3", "--compression=int8"]
+    _, messages = shapes(*arguments, "--broadcast_compression=float16")
+    assert ledger.tree_bytes(messages.upload) == 1 + 4 * 20 + 4
+    assert ledger.tree_bytes(messages.broadcast) == 3 * 4 * 20 * 2
 
 
 def test_the_decay_of_the_servers_moments():

@@ -12,7 +12,7 @@ import pytest
 from tiny_tasks import BATCH_SIZE, softmax_task
 
 from zofl_jax import keys
-from zofl_jax.algorithms import decomfl, ferret, hybrid
+from zofl_jax.algorithms import decomfl, decomfl_groups, ferret, hybrid
 from zofl_jax.algorithms.hybrid import Boundary
 from zofl_jax.core import Phase, Task
 from zofl_jax.data import batches as data_batches
@@ -55,10 +55,12 @@ def make_softmax_simulator(
     optimizer: optax.GradientTransformation,
     local_steps: int,
     dtype: type = np.float64,
+    client_groups: int = 0,
     **options: Any,
 ) -> simulation.Simulator:
     task = softmax_task(dtype)
-    algorithm = decomfl(task.loss, estimator, optimizer, local_steps=local_steps)
+    method = functools.partial(decomfl_groups, groups=client_groups) if client_groups else decomfl
+    algorithm = method(task.loss, estimator, optimizer, local_steps=local_steps)
     return simulation.make_simulator(
         algorithm, task, clients_per_round=COHORT, batch_size=BATCH_SIZE, **options
     )
@@ -115,8 +117,20 @@ def run_oracle(
         drawn = draw_client_batches(root.batches, task.train, r, client, steps)
         return [jax.tree.map(lambda x: np.asarray(x)[k], drawn) for k in range(steps)]  # noqa: B023
 
+    def draw_group(client: int, r: int) -> int:
+        if not agreement.client_groups:
+            return 0
+        key = jax.random.fold_in(keys.own_key(root.own, r, client), keys.name_id("group"))
+        return int(jax.random.randint(key, (), 0, agreement.client_groups, np.int32))
+
     clients = [
-        oracle.Client(agreement, objective, functools.partial(draw_batches, i), size)
+        oracle.Client(
+            agreement,
+            objective,
+            functools.partial(draw_batches, i),
+            size,
+            functools.partial(draw_group, i),
+        )
         for i, size in enumerate(np.diff(np.asarray(task.train.offsets)).tolist())
     ]
     channel = oracle.Channel()
@@ -128,10 +142,16 @@ def run_oracle(
         for i in cohort:
             assert_same_tree(clients[i].replica.params, server.replica.params)
     broadcasts = [
-        np.frombuffer(message, agreement.dtype).reshape(agreement.local_steps(r), -1)
+        np.frombuffer(message, agreement.dtype).reshape(shape_of(agreement, r))
         for r, (_, message) in enumerate(server.log)
     ]
     return Run(broadcasts, params, channel.rounds), server, clients
+
+
+def shape_of(agreement: oracle.Agreement, r: int) -> tuple[int, ...]:
+    """Returns the shape of a broadcast."""
+    groups = (agreement.client_groups,) if agreement.client_groups else ()
+    return *groups, agreement.local_steps(r), agreement.num_perturbations(r)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -157,6 +177,7 @@ def agree(
     perturbation: perturbations.Perturbation = GAUSSIAN,
     weighted: bool = False,
     groups: int = 1,
+    client_groups: int = 0,
 ) -> oracle.Agreement:
     like = simulator.task.init(simulator.root.init)
     impl = str(jax.random.key_impl(simulator.root.shared))
@@ -165,6 +186,10 @@ def agree(
     def direction(seed: bytes, k: int, p: int) -> oracle.Tree:
         z = draw_direction(perturbation, impl, np.frombuffer(seed, np.uint32), k, p, like)
         return jax.tree.map(lambda x: np.asarray(x, np.float64), z)
+
+    def group_seed(seed: bytes, group: int) -> bytes:
+        key = jax.random.wrap_key_data(np.frombuffer(seed, np.uint32), impl=impl)
+        return np.asarray(jax.random.key_data(keys.group_key(key, group))).tobytes()
 
     return oracle.Agreement(
         scalar=scalar,
@@ -179,6 +204,8 @@ def agree(
         dtype=jax.tree.leaves(like)[0].dtype,
         weighted=weighted,
         groups=groups,
+        client_groups=client_groups,
+        group_seed=functools.cache(group_seed),
     )
 
 
@@ -267,6 +294,22 @@ def test_groups_of_examples_with_directions_of_their_own_agree(x64, name):
     simulator = make_softmax_simulator(make_estimator(count, groups=groups), sgd(), 2)
     agreement = agree(
         simulator, scalar, oracle_sgd(), num_perturbations=count, local_steps=2, groups=groups
+    )
+    assert_agreement(simulator, agreement, oracle.softmax_regression())
+
+
+@pytest.mark.parametrize("local_steps", [1, 2])
+def test_groups_of_clients_with_directions_of_their_own_agree(x64, local_steps):
+    """Three clients in two groups: some rounds have both, and some one."""
+    make, scalar = ESTIMATORS["central_difference"]
+    simulator = make_softmax_simulator(make(3), sgd(), local_steps, client_groups=2)
+    agreement = agree(
+        simulator,
+        scalar,
+        oracle_sgd(),
+        num_perturbations=3,
+        local_steps=local_steps,
+        client_groups=2,
     )
     assert_agreement(simulator, agreement, oracle.softmax_regression())
 

@@ -42,6 +42,7 @@ TEXTS |= {"batch_size": 16, "momentum": 0.0, "estimator": "forward"}
 QUADRATIC |= {"batch_size": 1, "momentum": 0.9, "estimator": "central"}
 OWN = {
     "decomfl": {},
+    "decomfl_groups": {},
     "hiso": {"momentum": 0.0},
     "fedkseed": {"momentum": 0.0, "local_steps": 200, "num_perturbations": 1},
     "fedkseed_pro": {"momentum": 0.0, "local_steps": 200, "num_perturbations": 1},
@@ -141,7 +142,7 @@ def test_settings_from_python_are_checked_as_flags_are():
         ({"rounds": 3.0}, "--rounds must be a whole number, got 3.0"),
         ({"rounds": True}, "--rounds must be a whole number, got True"),
         ({"secure_sum": 1}, "--secure_sum must be True or False, got 1"),
-        ({"algorithm": "fedmagic"}, "--algorithm must be decomfl or hiso or "),
+        ({"algorithm": "fedmagic"}, "--algorithm must be decomfl or decomfl_groups or hiso or "),
         ({"task": "nonsense"}, "--task=nonsense is unknown; use digits, idx, npz, "),
         ({"seed": -1}, "--seed must be in [0, 2**32), got -1"),
         ({"smoothing": float("nan")}, "--smoothing must be finite, got nan"),
@@ -175,7 +176,7 @@ def test_uploads_are_told_by_their_shapes():
     found = {name: kind_of_upload(name) for name in METHODS}
     scalars = ("decomfl", "hiso", "mezo", "ferret")
     special = {"feedsign": Upload.BITS, "scaffold": Upload.TREES, "hybrid": Upload.TREES}
-    special |= dict.fromkeys(("fedkseed", "fedkseed_pro"), Upload.SEEDS)
+    special |= dict.fromkeys(("fedkseed", "fedkseed_pro", "decomfl_groups"), Upload.SEEDS)
     special |= dict.fromkeys(scalars, Upload.SCALARS)
     assert found == {name: special.get(name, Upload.PARAMS) for name in METHODS}
 

@@ -83,6 +83,12 @@ def step_key(key: PRNGKey, step: Array | int) -> PRNGKey:
     return _settle(jax.random.fold_in(key, step))
 
 
+def group_key(key: PRNGKey, group: Array | int) -> PRNGKey:
+    """Returns what a group of clients with directions of its own has for the round's key `key`."""
+    own = _settle(jax.random.fold_in(key, name_id("group")))
+    return _settle(jax.random.fold_in(own, group))
+
+
 def direction_keys(key: PRNGKey, num_perturbations: int) -> PRNGKey:
     """Returns the keys of all directions of the local step with key `key`, [P]."""
     return _settle(jax.vmap(lambda p: jax.random.fold_in(key, p))(jnp.arange(num_perturbations)))

@@ -8,6 +8,8 @@ from types import MappingProxyType
 
 from zofl_jax.algorithms.decomfl import METHOD as DECOMFL
 from zofl_jax.algorithms.decomfl import decomfl
+from zofl_jax.algorithms.decomfl_groups import METHOD as DECOMFL_GROUPS
+from zofl_jax.algorithms.decomfl_groups import decomfl_groups
 from zofl_jax.algorithms.fedavg import METHOD as FEDAVG
 from zofl_jax.algorithms.fedavg import METHOD_PROXIMAL as FEDPROX
 from zofl_jax.algorithms.fedavg import fedavg
@@ -35,7 +37,7 @@ from zofl_jax.algorithms.scaffold import METHOD as SCAFFOLD
 from zofl_jax.algorithms.scaffold import scaffold
 
 _ROWS = (
-    *(DECOMFL, HISO, FEDKSEED, FEDKSEED_PRO, FEEDSIGN, FEDZO, MEZO),
+    *(DECOMFL, DECOMFL_GROUPS, HISO, FEDKSEED, FEDKSEED_PRO, FEEDSIGN, FEDZO, MEZO),
     *(FEDAVG, FEDPROX, FEDSGD, *FEDOPT, SCAFFOLD, FERRET, HYBRID),
 )
 
@@ -48,6 +50,7 @@ __all__ = [
     "Parts",
     "Refusal",
     "decomfl",
+    "decomfl_groups",
     "fedadagrad",
     "fedadam",
     "fedavg",

@@ -1,4 +1,4 @@
-"""What a method's uploads are, told by their shapes.
+"""What a method's messages are, told by their shapes.
 
 The method is built for a loss of three params and traced, not run: it takes some milliseconds.
 """
@@ -40,13 +40,39 @@ def upload(config: Config) -> Upload:
     return kind_of_upload(config.algorithm, config.options)
 
 
-@functools.lru_cache(maxsize=256)
 def kind_of_upload(name: str, options: Any = None) -> Upload:
     """Returns what the uploads of a method are.
 
     >>> kind_of_upload("decomfl")
     <Upload.SCALARS: 'one array of numbers'>
     """
+    sent = _traced(name, options).upload
+    leaves = jax.tree.leaves(sent)
+    floating = _floating(sent)
+    if not any(floating):
+        return Upload.BITS
+    if not all(floating):
+        return Upload.SEEDS
+    if isinstance(sent, dict) and sent.keys() == _PARAMS.keys():
+        return Upload.PARAMS
+    return Upload.SCALARS if len(leaves) == 1 else Upload.TREES
+
+
+def numbers_are_broadcast(config: Config) -> bool:
+    """Returns whether broadcasts of a config's method are floating point numbers alone."""
+    return all(_floating(_traced(config.algorithm, config.options).broadcast))
+
+
+_PARAMS = {"x": jax.ShapeDtypeStruct((3,), jnp.float32)}
+
+
+def _floating(message: Any) -> list[bool]:
+    return [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(message)]
+
+
+@functools.lru_cache(maxsize=256)
+def _traced(name: str, options: Any) -> ledger.MessageShapes:
+    """Returns the shapes of the messages of a method for `_PARAMS`."""
     method = METHODS[name]
     count = method.fixed.get("num_perturbations", 2)
     optimizer = optax.sgd(0.1)
@@ -69,18 +95,8 @@ def kind_of_upload(name: str, options: Any = None) -> Upload:
         delta=1e-5,
     )
     algorithm = method.build(parts, method.options() if options is None else options)
-    params = {"x": jax.ShapeDtypeStruct((3,), jnp.float32)}
     batches = jax.ShapeDtypeStruct((algorithm.local_steps, 1), jnp.float32)
-    sent = ledger.message_shapes(algorithm, root.shared, params, batches).upload
-    leaves = jax.tree.leaves(sent)
-    floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-    if not any(floating):
-        return Upload.BITS
-    if not all(floating):
-        return Upload.SEEDS
-    if isinstance(sent, dict) and sent.keys() == params.keys():
-        return Upload.PARAMS
-    return Upload.SCALARS if len(leaves) == 1 else Upload.TREES
+    return ledger.message_shapes(algorithm, root.shared, _PARAMS, batches)
 
 
 def _loss(params: Params, batch: Batch) -> Array:

@@ -294,7 +294,7 @@ def _check_adversity(config: Config) -> None:
     if changed and not messages.upload(config).numbers:
         refusal = Refusal("whose uploads are no numbers")
         raise ValueError(_refused(config, changed[0], refusal))
-    if config.broadcast_compression != "none" and not messages.upload(config).numbers:
+    if config.broadcast_compression != "none" and not messages.numbers_are_broadcast(config):
         refusal = Refusal("whose broadcasts are no numbers")
         raise ValueError(_refused(config, "broadcast_compression", refusal))
     if config.late_weight and config.get("step_rule") != step_rules.PLAIN:
