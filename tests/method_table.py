@@ -169,6 +169,17 @@ SCALAR = {
         lambda loss, rate: ferret(loss, optax.sgd(rate), 40, local_steps=3),
         rate=1.0,
     ),
+    "ferret, a pool of directions": Method(
+        lambda loss, rate: ferret(
+            loss,
+            optax.sgd(rate),
+            40,
+            local_steps=2,
+            pool_key=keys.pool_key(keys.root(0).shared),
+            pool_size=5,
+        ),
+        rate=1.0,
+    ),
     "mezo": Method(
         lambda loss, rate: mezo(loss, 1e-3, optax.sgd(rate)),
         rate=0.005,

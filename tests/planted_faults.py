@@ -111,6 +111,14 @@ FAULTS = (
         ("ferret",),
     ),
     Fault(
+        "pool_without_memory",
+        "zofl_jax/algorithms/ferret.py",
+        "accumulators = accumulators.at[seed].add(scalars)",
+        "accumulators = accumulators.at[seed].set(scalars)",
+        "Ferret's accumulators hold a seed's last round alone: late clients get another model.",
+        ("ferret",),
+    ),
+    Fault(
         "moment_of_the_squares",
         "zofl_jax/algorithms/step_rules.py",
         "square = jnp.square(jnp.mean(scalars)).astype(jnp.float32)",

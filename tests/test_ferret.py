@@ -77,6 +77,29 @@ def test_a_remainder_sends_everything_in_the_end():
     assert abs(memory).max() > 0.1
 
 
+def test_a_pool_s_accumulators_give_the_model_that_replay_gives():
+    """After 30 rounds along 4 seeds' directions, 30 messages of 7 numbers and 4 accumulators."""
+    pool_key = keys.pool_key(keys.root(0).shared)
+    algorithm = make(7, pool_key=pool_key, pool_size=4)
+    initial = state = algorithm.init(TASK.init(KEY))
+    server, heard = jax.jit(algorithm.server), []
+    for r in range(30):
+        key = keys.round_key(KEY, r)
+        heard.append(tuple(state.opt_state.any(1).tolist()))
+        state = server(key, state, jax.random.normal(key, (7,)))
+    assert len(set(heard)) == 5 and all(heard[-1])  # one seed after the other was drawn first
+    message = algorithm.sync.message(state)
+    assert message.shape == (4, 7)
+    restored = algorithm.sync.restore(initial._replace(round=state.round), message)
+    moved = jax.tree.map(jnp.subtract, state.params, initial.params)
+    found = jax.tree.map(jnp.subtract, restored.params, initial.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-4), found, moved)
+    # Every model is in the span of the pool's directions: with one seed, of 7 of 18 dimensions.
+    lone = make(7, pool_key=pool_key, pool_size=1)
+    steps = np.stack([np.asarray(after_a_round(lone, keys.round_key(KEY, r))) for r in range(3)])
+    np.testing.assert_allclose(steps - steps[:1], 0, atol=1e-6)
+
+
 def test_a_schedule_of_its_directions_changes_the_message_alone():
     config = resolve("--algorithm=ferret", "--num_perturbations=6", "--schedule=2:P=2")
     state, sizes = jax.eval_shape(lambda: TASK.init(KEY)), []
@@ -124,6 +147,7 @@ def test_its_directions_are_those_of_its_flags(kind):
             ["--ferret_remainder", "--ferret_rank=5"],
             "--ferret_rank has no effect with --ferret_rem",
         ),
+        (["--ferret_pool=4", "--schedule=5:P=2"], "P is not possible with --ferret_pool=4, whose"),
         (["--dp=example"], "clips each example's scalars, which --algorithm=ferret does not meas"),
         (["--task=rte", "--objective=accuracy"], "has no useful gradient"),
     ],
@@ -137,6 +161,8 @@ def test_what_it_does_not_read_is_refused(arguments, message):
     ("options", "message"),
     [
         ({"local_steps": 0}, "local_steps must be >= 1, got 0"),
+        ({"pool_size": 3}, "a pool needs a pool_key and pool_size >= 1, got pool_size=3"),
+        ({"pool_key": KEY}, "a pool needs a pool_key and pool_size >= 1, got pool_size=0"),
         ({"server_rate": 0.0}, "server_rate must be positive and finite, got 0.0"),
         ({"num_directions": 0}, "num_perturbations must be >= 1, got 0"),
         ({"effective_rank": -1.0}, "rank must be >= 0, got -1"),

@@ -123,6 +123,12 @@ def test_the_scalars_of_groups_are_compressed_both_ways_and_the_group_is_not():
     assert ledger.tree_bytes(messages.broadcast) == 3 * 4 * 20 * 2
 
 
+def test_late_clients_of_a_pool_are_sent_its_accumulators():
+    algorithm, messages = shapes("--algorithm=ferret", "--ferret_pool=3", "--num_perturbations=6")
+    assert messages.sync.shape == (3, 6) and not messages.sync_alone
+    assert algorithm.init({"kernel": jnp.zeros((5, 3)), "bias": jnp.zeros(3)}).opt_state.size == 18
+
+
 def test_the_decay_of_the_servers_moments():
     """A step of the server from given moments, by the formulas of FedAdam and FedAdagrad."""
 

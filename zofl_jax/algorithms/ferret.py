@@ -15,6 +15,10 @@ otherwise. There every client has seeds of its own and everyone is sent the pair
 share the round's, so the mean of the cohort is as long as one upload. With a remainder (error
 feedback, Karimireddy et al. 2019, arXiv 1901.09847) clients keep what their scalars don't say,
 e_i = Δ_i − f V γ_i / √P, and add it to their next Δ_i.
+
+With a pool of n seeds the round's key draws V from n fixed ones, V_1 ... V_n, so every model there
+will be is x_0 − Σ_j f V_j A_j / √P, and the n P accumulators A bring any client up to date, however
+long it was away, as those of FedKSeed do; the model stays in a space of n P dimensions at most.
 Ref: arXiv 2409.06277, Algorithm 1.
 """
 
@@ -26,7 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zofl_jax import precision
+from zofl_jax import keys, precision
 from zofl_jax.algorithms.fedavg import whole_model
 from zofl_jax.algorithms.fedopt import ServerRate
 from zofl_jax.algorithms.local_training import ClientOptimizer, Trained, difference, exact, train
@@ -43,6 +47,7 @@ from zofl_jax.core import (
     Passes,
     PRNGKey,
     ServerState,
+    Sync,
     Upload,
 )
 from zofl_jax.directions.batching import at_once
@@ -62,12 +67,15 @@ def ferret(
     by_block: bool = True,
     effective_rank: float = 100.0,
     remainder: bool = False,
+    pool_key: PRNGKey | None = None,
+    pool_size: int = 0,
     aggregate: Callable[[Upload, Array], Broadcast] = aggregation.mean,
     clients_at_once: int | None = None,
 ) -> Algorithm:
     """Returns Ferret as an `Algorithm`; the upload and the broadcast are [P].
 
-    A client that was away is sent the model, or the scalars it missed where they are fewer.
+    A client that was away is sent the model, with a pool its accumulators, or the scalars it missed
+    where they are fewer.
 
     Args:
       loss_fn: (params, batch) -> mean loss, differentiable.
@@ -80,6 +88,8 @@ def ferret(
       effective_rank: r >= 0, the trace of the loss's Hessian over its curvature along the way.
       remainder: whether clients keep what their scalars don't say for their next upload. It needs
         the step of the least error, r = d, or it would grow from round to round.
+      pool_key: from which the directions of a pool are drawn, such as `keys.pool_key(root.shared)`.
+      pool_size: n >= 1 with a pool, else 0.
       aggregate: (uploads [C, P], weights [C]) -> broadcast [P].
       clients_at_once: how many clients of a vmap are trained at once, see `batching.at_once`.
 
@@ -98,6 +108,8 @@ def ferret(
         raise ValueError(f"local_steps must be >= 1, got {local_steps}")
     if not 0 < server_rate < float("inf"):
         raise ValueError(f"server_rate must be positive and finite, got {server_rate}")
+    if pool_size < 0 or (pool_size > 0) != (pool_key is not None):
+        raise ValueError(f"a pool needs a pool_key and pool_size >= 1, got pool_size={pool_size}")
     rank = math.inf if remainder else effective_rank
     directions = sketch(num_directions, perturbation or gaussian(), by_block=by_block, rank=rank)
     gradient = exact(loss_fn)
@@ -105,8 +117,24 @@ def ferret(
     def descend(key: PRNGKey, round_index: Array, params: Params, batches: Batches) -> Trained:
         return train(gradient, optimizer, key, round_index, params, batches)
 
+    def seed_key(seed: Array) -> PRNGKey:
+        assert pool_key is not None
+        return keys.step_key(pool_key, seed)
+
+    def drawn(shared_key: PRNGKey) -> tuple[PRNGKey, Array]:
+        """Returns what a round's directions are drawn from, and its place in the pool."""
+        if not pool_size:
+            return shared_key, jnp.zeros((), jnp.int32)
+        seed = jax.random.randint(shared_key, (), 0, pool_size, jnp.int32)
+        return seed_key(seed), seed
+
     def init(params: Params) -> ServerState:
-        return ServerState(precision.wide(params), (), jnp.zeros((), jnp.int32))
+        params = precision.wide(params)
+        accumulators: Any = ()
+        if pool_size:
+            sent = jax.eval_shape(directions.measure, jax.random.key(0), params)
+            accumulators = jnp.zeros((pool_size, *sent.shape), sent.dtype)
+        return ServerState(params, accumulators, jnp.zeros((), jnp.int32))
 
     def init_memory(params: Params) -> Any:
         return jax.tree.map(jnp.zeros_like, precision.wide(params)) if remainder else ()
@@ -118,14 +146,31 @@ def ferret(
         change = difference(state.params, trained.params)
         if remainder:
             change = jax.tree.map(jnp.add, change, memory)
-        upload = directions.measure(shared_key, change)
+        key, _ = drawn(shared_key)
+        upload = directions.measure(key, change)
         if remainder:
-            memory = difference(change, directions.expand(shared_key, state.params, upload))
+            memory = difference(change, directions.expand(key, state.params, upload))
         return ClientResult(upload, memory, {"loss": trained.loss})
 
     def server(key: PRNGKey, state: ServerState, broadcast: Broadcast) -> ServerState:
-        step = directions.expand(key, state.params, server_rate * broadcast)
-        return ServerState(difference(state.params, step), (), state.round + 1)
+        own_key, seed = drawn(key)
+        scalars = server_rate * broadcast
+        params = difference(state.params, directions.expand(own_key, state.params, scalars))
+        accumulators = state.opt_state
+        if pool_size:
+            accumulators = accumulators.at[seed].add(scalars)
+        return ServerState(params, accumulators, state.round + 1)
+
+    def restore(state: ServerState, accumulators: Array) -> ServerState:
+        def step(params: Params, part: tuple[Array, Array]) -> tuple[Params, None]:
+            seed, scalars = part
+            return difference(params, directions.expand(seed_key(seed), params, scalars)), None
+
+        every = jnp.arange(pool_size), accumulators
+        params, _ = jax.lax.scan(step, state.params, every)
+        return ServerState(params, accumulators, state.round)
+
+    accumulated = Sync(message=lambda state: state.opt_state, restore=restore, alone=False)
 
     return Algorithm(
         init=init,
@@ -134,7 +179,7 @@ def ferret(
         server=server,
         local_steps=local_steps,
         init_memory=init_memory,
-        sync=whole_model(),
+        sync=accumulated if pool_size else whole_model(),
         passes=Passes(1, 1).times(local_steps),
     )
 
@@ -155,6 +200,12 @@ class Options(ServerRate):
     ferret_remainder: bool = setting(
         False, "Whether ferret's clients keep what their scalars don't say for the next upload."
     )
+    ferret_pool: int = setting(
+        0,
+        "Seeds in the pool that ferret draws each round's directions from, whose accumulators late "
+        "clients are sent in place of the model; 0 draws new directions in every round.",
+        least=0,
+    )
 
 
 def build(parts: Parts, options: Options) -> Algorithm:
@@ -169,6 +220,8 @@ def build(parts: Parts, options: Options) -> Algorithm:
         by_block=options.ferret_by_block,
         effective_rank=options.ferret_rank,
         remainder=options.ferret_remainder,
+        pool_key=parts.pool_key if options.ferret_pool else None,
+        pool_size=options.ferret_pool,
         clients_at_once=parts.clients_at_once,
     )
 

@@ -439,6 +439,11 @@ def _check_schedule(config: Config) -> None:
                 f"--schedule: {letter} has no effect with --algorithm={config.algorithm}: leave it "
                 f"out of {config.schedule!r}"
             )
+        if name == "num_perturbations" and config.get("ferret_pool"):
+            raise ValueError(
+                f"--schedule: P is not possible with --ferret_pool={config.get('ferret_pool')}, "
+                f"whose accumulators are as many in all rounds: leave it out of {config.schedule!r}"
+            )
         for need in needs.NEEDS.get(name, ()):
             if not need.met(config):
                 remedy = need.remedy.removeprefix("leave it out")
