@@ -105,7 +105,7 @@ FAULTS = (
     Fault(
         "remainder_of_all",
         "zofl_jax/algorithms/ferret.py",
-        "memory = difference(change, directions.expand(shared_key, state.params, upload))",
+        "memory = difference(change, directions.expand(key, state.params, upload))",
         "memory = change",
         "What was sent is kept as if it had not been, and sent again.",
         ("ferret",),
