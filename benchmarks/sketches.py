@@ -35,6 +35,7 @@ KINDS = {
     "rademacher": perturbations.rademacher,
     "low_rank": perturbations.low_rank,
 }
+PARTS = ("measured", "expanded")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -53,12 +54,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for kind, make in KINDS.items():
             for by_block in (True, False):
                 chosen = sketch(count, make(), by_block=by_block)
-                scalars = jax.jit(jax.vmap(chosen.measure, (None, 0)))(key, x)[0]
-                for part in (measured, expanded):
-                    fn = functools.partial(part, chosen)
-                    compiled = compilation.compiled(fn, (key, x, scalars))
-                    names.append((title, kind, by_block, part.__name__, scalars.size))
-                    jobs.append(functools.partial(_wait, compiled, key, x, scalars))
+                measure = compilation.compiled(functools.partial(measured, chosen), (key, x))
+                scalars = measure(key, x)[0]
+                given = (key, x, scalars)
+                expand = compilation.compiled(functools.partial(expanded, chosen), given)
+                names += [(title, kind, by_block, part, scalars.size) for part in PARTS]
+                jobs.append(functools.partial(_wait, measure, key, x))
+                jobs.append(functools.partial(_wait, expand, *given))
     times = measuring.by_turns(jobs, options.repeats)
     rows = [
         {
@@ -77,9 +79,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return result
 
 
-def measured(made: Sketch, key: PRNGKey, x: Params, scalars: Array) -> Array:
+def measured(made: Sketch, key: PRNGKey, x: Params) -> Array:
     """Returns the sketches of all clients, [C, P]."""
-    del scalars
     return jax.vmap(made.measure, (None, 0))(key, x)
 
 

@@ -189,10 +189,12 @@ def main() -> None:
                 results.append(_run(workdir, method, seed, best, bar, method.rounds_of(seed)))
             chosen[method.name] = best
             write()
-    for name, figure in comparison.figures(results, chosen, targets, title, counted).items():
-        save_figure(workdir / name, figure)
+    if FLAGS.figures:
+        figures = comparison.figures(results, chosen, targets, title, counted)
+        for name, figure in figures.items():
+            save_figure(workdir / name, figure)
     print((workdir / "table.md").read_text())
-    print(f"Table, figures and runs are in {workdir}")
+    print(f"Table{', figures' if FLAGS.figures else ''} and runs are in {workdir}")
 
 
 def parse_methods(lines: Sequence[str]) -> list[Method]:

@@ -19,7 +19,7 @@ from typing import IO
 
 from absl import app, flags
 
-from zofl_jax.engine import placement
+from zofl_jax.engine import hardware
 
 flags.DEFINE_integer("processes", 2, "How many processes.", lower_bound=1)
 flags.DEFINE_integer("devices_per_process", 1, "Devices of each.", lower_bound=1)
@@ -77,7 +77,7 @@ def _process(
 
 def _cpu_devices() -> dict[str, str]:
     """Returns what makes JAX see a CPU as --devices_per_process, unless a flag of XLA says it."""
-    if placement.counts_cpu_devices():
+    if hardware.counts_cpu_devices():
         return {}
     return {"JAX_NUM_CPU_DEVICES": str(FLAGS.devices_per_process)}
 

@@ -28,7 +28,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("tensorboard", False, "Write TensorBoard events to WORKDIR/tensorboard.")
 flags.DEFINE_bool("progress", True, "Show a progress bar.")
-flags.DEFINE_bool("figures", True, "Draw figures into WORKDIR, which takes about a second.")
+flags.DEFINE_bool("figures", True, "Draw figures into WORKDIR, which takes one or two seconds.")
 flags.DEFINE_bool(
     "auto_lr",
     False,

@@ -24,7 +24,10 @@ import gc, importlib, json, os, sys, tempfile, traceback
 from absl.testing import flagsaver
 from experiments import entry
 
-name = sys.argv[1]
+name, tests = sys.argv[1:]
+sys.path.append(tests)
+import programs
+programs.share_contexts()
 main = importlib.import_module(f"experiments.{name}").main
 gc.set_threshold(100_000, 20, 20)  # as in conftest.py
 answers, console = os.fdopen(os.dup(1), "w"), os.dup(2)
@@ -70,7 +73,7 @@ class InTurn:
 
     def __init__(self, name, environment):
         self._process = subprocess.Popen(
-            [sys.executable, "-c", IN_TURN, name],
+            [sys.executable, "-c", IN_TURN, name, str(ROOT / "tests")],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -144,7 +147,10 @@ class Commands:
             "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)),
             "MPLCONFIGDIR": matplotlib.get_cachedir(),  # where the list of fonts is
         }
-        self.environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        # With the last two no tests would share a process: pytest names the test there, and an
+        # import sets the other.
+        for name in ("JAX_COMPILATION_CACHE_DIR", "PYTEST_CURRENT_TEST", "CRC32C_SW_MODE"):
+            self.environment.pop(name, None)
         if not quick:
             self.environment["XLA_FLAGS"] = programs.users_flags()
         self._processes = processes
@@ -175,7 +181,8 @@ class Commands:
     def in_turn(self, name, *arguments):
         """Runs a command of the entry point `name` in a process that others have run in.
 
-        `train` draws no figures, which take as long as many a test's rounds, unless --figures says.
+        `train` and `compare` draw no figures, which take as long as many a test's rounds, unless
+        --figures says.
         """
         return self._processes.of(name, self.environment).run(
             self.folder, _without_figures(name, arguments)
@@ -203,7 +210,8 @@ class Commands:
 
 
 def _without_figures(name, arguments):
-    figures = () if name != "train" or "--figures" in arguments else ("--nofigures",)
+    draws = name in ("train", "compare") and "--figures" not in arguments
+    figures = ("--nofigures",) if draws else ()
     return (*arguments, *figures)
 
 

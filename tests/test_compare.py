@@ -271,6 +271,8 @@ def test_runs_within_a_budget_spend_it_and_go_on_with_a_larger_one(commands):
         ended = commands.in_turn("compare", *flags)
         assert ended.code == 0, ended.err
         assert f"Within {human_bytes(amount)} up and down:" in ended.out
+        assert f"Table and runs are in {workdir}" in ended.out
+        assert not list((commands.folder / workdir).glob("*.png"))
         return table_of(commands.folder / workdir)
 
     table = within(80_000, "one")
@@ -303,8 +305,10 @@ def test_runs_within_a_budget_spend_it_and_go_on_with_a_larger_one(commands):
 def test_passes_of_batches_of_different_sizes_are_counted_by_example(commands):
     (commands.folder / "compare.flags").write_text(BUDGET)
     flags = ("--flagfile=compare.flags", "--backward_cost=1.5", "--workdir=all")
-    ended = commands.in_turn("compare", *flags, "--budget=example_passes:8000")
+    ended = commands.in_turn("compare", *flags, "--budget=example_passes:8000", "--figures")
     assert ended.code == 0, ended.err
+    assert "Table, figures and runs are in all" in ended.out
+    assert (commands.folder / "all" / "pareto.png").exists()
     rows = {row["algorithm"]: row for row in table_of(commands.folder / "all")}
     # 5 clients: eight values of 32 examples a round; one value and gradient of 8.
     assert int(rows["decomfl"]["rounds"]) == 8000 // (5 * 8 * 32)

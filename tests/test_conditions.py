@@ -270,24 +270,24 @@ def test_attacks_and_rules_are_for_scalars_and_for_models(method):
         np.testing.assert_allclose(a, b[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("flipping", "sign"), [(2, 1), (4, -1)])
-def test_a_majority_of_signs_withstands_a_minority_that_flips_them(flipping, sign):
-    """Of six clients with the same loss: the broadcast is the honest one, or its opposite."""
+@functools.cache
+def voted(flipping):
+    """Returns the broadcast of six clients with the same loss, of whom so many flip their signs."""
     task = quadratic(
         jax.random.key(0), dim=8, effective_rank=4.0, num_clients=POPULATION, heterogeneity=0.0
     ).task
     method = feedsign(task.loss, estimators.central_difference(5, 1e-2), optax.sgd(1e-3))
-    options = {"clients_per_round": POPULATION, "batch_size": 1}
-    malicious = jnp.arange(POPULATION) < flipping
-    adversary = attacks.Adversary(malicious, attacks.sign_flip())
-    attacked = make(Conditions(adversary=adversary), task, method, **options)
-    plain = make(Conditions(), task, method, **options)
-    _, (honest,) = advance(plain, start(plain), [1])
-    _, (trace,) = advance(attacked, start(attacked), [1])
-    sent, received = (
-        1 - 2 * compression.unpack(jnp.asarray(x.broadcasts[0]), 1, 5).astype(int)
-        for x in (honest, trace)
-    )
+    adversary = attacks.Adversary(jnp.arange(POPULATION) < flipping, attacks.sign_flip())
+    conditions = Conditions(adversary=adversary) if flipping else Conditions()
+    simulator = make(conditions, task, method, clients_per_round=POPULATION, batch_size=1)
+    _, (trace,) = advance(simulator, start(simulator), [1])
+    return 1 - 2 * compression.unpack(jnp.asarray(trace.broadcasts[0]), 1, 5).astype(int)
+
+
+@pytest.mark.parametrize(("flipping", "sign"), [(2, 1), (4, -1)])
+def test_a_majority_of_signs_withstands_a_minority_that_flips_them(flipping, sign):
+    """The broadcast is the honest one, or its opposite."""
+    sent, received = voted(0), voted(flipping)
     assert len(set(sent.tolist())) == 2
     np.testing.assert_array_equal(received, sign * sent)
 

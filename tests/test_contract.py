@@ -21,9 +21,9 @@ from zofl_jax.tasks import quadratic, vision
 
 BATCH_SIZE = 16
 PIECES = (1, 2, 5)  # rounds of the dispatches that are checked bit by bit
-TRACES = {"client": 3, "aggregate": 3, "server": 1}
-"""Of the functions in a run: one is compiled; clients and aggregation are traced twice more for
-shapes alone, of the messages and of a dispatch's records."""
+TRACES = {"client": 2, "aggregate": 2, "server": 1}
+"""Of the functions in a run: one is compiled; clients and aggregation are traced once more for the
+shapes of the messages."""
 
 OPTIMIZED = (
     "decomfl, local steps and momentum",

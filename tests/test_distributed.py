@@ -237,8 +237,9 @@ def test_params_split_over_processes_are_trained_evaluated_and_resumed(commands,
     """Two processes of two devices, the weights over all four: no process has them all."""
     mesh = "--mesh=clients:1,model:4"
     launch = ("-m", "experiments.launch_local", "--processes=2", "--devices_per_process=2", "--")
+    flags = (*TRAIN[:-2], mesh, "--workdir=split", "--nofigures")
     for rounds in (4, 10):
-        ended = commands.run(*launch, *TRAIN[:-2], f"--rounds={rounds}", mesh, "--workdir=split")
+        ended = commands.run(*launch, *flags, f"--rounds={rounds}")
         assert ended.code == 0, ended.err
     assert "no process has the whole params" not in ended.err  # the last snapshot was of round 4
     split, one = commands.folder / "split", here / "one"

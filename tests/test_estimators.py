@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from zofl_jax import keys
-from zofl_jax.directions import estimators, perturbations
+from zofl_jax.directions import estimators, perturbations, sums
 
 PERTURBATIONS = {
     "gaussian": perturbations.gaussian(),
@@ -67,6 +67,12 @@ def logistic_smoothness(batch) -> float:
 
 def measure(estimator, loss_fn, params, batch, key=KEY):
     return jax.jit(lambda x, batch: estimator.measure(loss_fn, key, 0, x, batch))(params, batch)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def drawn(key, params, perturbation="gaussian"):
+    """Returns a direction by itself."""
+    return sums.arrays(PERTURBATIONS[perturbation].sample(key, params))
 
 
 def gradient_estimates(estimator, loss_fn, params, batch):
@@ -132,7 +138,7 @@ def test_scalars_follow_their_formula(x64, name):
     base = float(logistic(params, batch))
     evaluations, expected = [], []
     for key in keys.direction_keys(KEY, 3):
-        z = perturbations.gaussian().sample(key, params)
+        z = drawn(key, params)
         plus, minus = (
             float(logistic(jax.tree.map(lambda x, z: x + s * mu * z, params, z), batch))  # noqa: B023
             for s in (1, -1)
@@ -160,7 +166,7 @@ def test_central_differences_are_exact_for_quadratics(x64):
         return jnp.sum(curvature * x**2) / 2
 
     mu = 2.0
-    z = perturbations.gaussian().sample(keys.direction_keys(KEY, 1)[0], x)
+    z = drawn(keys.direction_keys(KEY, 1)[0], x)
     slope, bend = jnp.sum(curvature * x * z), jnp.sum(curvature * z**2)
     central = measure(estimators.central_difference(1, mu), quadratic, x, ())
     forward = measure(estimators.forward_difference(1, mu), quadratic, x, ())
@@ -173,14 +179,13 @@ def test_expand_averages_the_directions(perturbation):
     """(1/P) Σ_p g_p z_p, with the same directions that were measured."""
     chosen = PERTURBATIONS[perturbation]
     estimator = estimators.projection(3, chosen)
-    scalars = jnp.array([1.0, -2.0, 0.5])
+    scalars = np.array([1.0, -2.0, 0.5], np.float32)
     total = sum(
-        float(g) * flat(chosen.sample(key, PARAMS))
+        float(g) * flat(drawn(key, PARAMS, perturbation))
         for g, key in zip(scalars, keys.direction_keys(KEY, 3), strict=True)
     )
-    np.testing.assert_allclose(
-        flat(estimator.expand(KEY, PARAMS, scalars)), total / 3, rtol=1e-5, atol=1e-6
-    )
+    mean = jax.jit(estimator.expand)(KEY, PARAMS, scalars)
+    np.testing.assert_allclose(flat(mean), total / 3, rtol=1e-5, atol=1e-6)
 
 
 def test_smoothing_follows_its_schedule():
@@ -192,7 +197,7 @@ def test_smoothing_follows_its_schedule():
         return jnp.sum(x**2) / 2
 
     x = jnp.zeros(3)
-    z = perturbations.gaussian().sample(keys.direction_keys(KEY, 1)[0], x)
+    z = drawn(keys.direction_keys(KEY, 1)[0], x)
     scalar_of_round = jax.jit(lambda r: estimator.measure(square, KEY, r, x, ()).scalars[0])
     measured = [float(scalar_of_round(r)) for r in range(4)]
     expected = float(jnp.sum(z**2)) / 2 * np.array([1, 1, 0.5, 0.5])

@@ -50,9 +50,9 @@ def test_the_curvature_follows_its_formula(learn_from):
     params = jnp.zeros(5)
     broadcast = jnp.array([[1.0, 2.0, -1.0], [0.5, 0.0, 2.0], [-1.0, 1.0, 1.0]])
     after = jax.jit(algorithm.server)(KEY, algorithm.init(params), broadcast)
-    expected = np.ones(5)
+    expected, expand = np.ones(5), jax.jit(estimator.expand)
     for k in {"first": [0], "last": [2], "all": [0, 1, 2]}[learn_from]:
-        step = np.asarray(estimator.expand(keys.step_key(KEY, k), params, broadcast[k]))
+        step = np.asarray(expand(keys.step_key(KEY, k), params, broadcast[k]))
         expected = 0.75 * expected + 0.25 * (step**2 + 0.5)
     np.testing.assert_allclose(after.opt_state.curvature, expected, rtol=1e-5)
 
@@ -80,11 +80,15 @@ def test_a_step_is_preconditioned_by_the_curvature():
 def test_low_rank_directions_are_stretched_by_the_curvature():
     """Scalars and steps are those of the directions H^(−1/2) A Bᵀ, formed one by one."""
     low_rank, rate = perturbations.low_rank(2), 0.1
+    random = np.random.default_rng(0)
     params, curvature, data = (
-        {"w": f(jax.random.key(i), (4, 3))}
-        for i, f in enumerate((jax.random.normal, jax.random.uniform, jax.random.normal))
+        {"w": jnp.asarray(x, jnp.float32)}
+        for x in (
+            random.normal(size=(4, 3)),
+            random.uniform(0.1, 1.1, (4, 3)),
+            random.normal(size=(4, 3)),
+        )
     )
-    curvature = {"w": curvature["w"] + 0.1}
 
     def loss(x, batch):
         return jnp.sum(jnp.square(jnp.tanh(x["w"]) - batch)) / 2
@@ -100,11 +104,9 @@ def test_low_rank_directions_are_stretched_by_the_curvature():
     after = jax.jit(algorithm.server)(KEY, state, upload)
 
     w, h = np.asarray(params["w"]), np.asarray(curvature["w"])
+    draw = jax.jit(jax.vmap(lambda key: sums.arrays(low_rank.sample(key, params))["w"]))
     for k in range(2):
-        drawn = [
-            np.asarray(sums.arrays(low_rank.sample(key, params))["w"])
-            for key in keys.direction_keys(keys.step_key(KEY, k), 3)
-        ]
+        drawn = list(np.asarray(draw(keys.direction_keys(keys.step_key(KEY, k), 3))))
         assert all(np.linalg.matrix_rank(u) == 2 for u in drawn)
         directions = [u / np.sqrt(np.asarray(curvature["w"])) for u in drawn]
         slope = np.asarray(jax.grad(loss)({"w": jnp.asarray(w)}, batches[k])["w"])

@@ -12,7 +12,7 @@ from tiny_tasks import BATCH_SIZE, softmax_task
 from zofl_jax import keys
 from zofl_jax.algorithms import decomfl, fedkseed
 from zofl_jax.algorithms.history import leaning, with_history
-from zofl_jax.directions import estimators, perturbations
+from zofl_jax.directions import estimators, perturbations, sums
 from zofl_jax.engine import simulation
 
 KEY = keys.round_key(keys.root(7).shared, 2)
@@ -65,10 +65,10 @@ def test_without_updates_directions_are_isotropic():
     nothing = jax.tree.map(jnp.zeros_like, tree)
     directions = leaning(perturbations.gaussian(), nothing, jnp.asarray(0), SHARE, SIZE)
     x = jax.tree.map(lambda t: t[0], tree)
-    plain = perturbations.gaussian().sample(KEY, x)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), directions.sample(KEY, x), plain
-    )
+    leant, plain = jax.jit(
+        lambda: [sums.arrays(z.sample(KEY, x)) for z in (directions, perturbations.gaussian())]
+    )()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), leant, plain)
 
 
 def make(count=5, **options):
@@ -114,7 +114,7 @@ def test_the_state_holds_the_last_updates_of_length_one_and_a_replay_rebuilds_th
 def test_a_round_without_a_step_is_none_to_lean_towards():
     algorithm = with_history(make(), perturbations.gaussian(), 2, SHARE)
     state = algorithm.init({"w": jnp.ones((4, 2)), "b": jnp.zeros(2)})
-    after = algorithm.server(KEY, state, jnp.zeros((1, 5)))
+    after = jax.jit(algorithm.server)(KEY, state, jnp.zeros((1, 5)))
     assert int(after.opt_state.rounds) == 0
     assert not any(np.asarray(q).any() for q in jax.tree.leaves(after.opt_state.updates))
 

@@ -18,11 +18,12 @@ from zofl_jax.directions.estimators import inner
 
 KEY = keys.round_key(keys.root(0).shared, 0)
 RATE, P = 0.1, 3
+RNG = np.random.default_rng(0)
 X = {
-    "layers": {"w": jax.random.normal(KEY, (3, 4, 4)) / 2},
-    "output": {"w": jax.random.normal(jax.random.key(1), (4, 2))},
+    "layers": {"w": jnp.asarray(RNG.normal(size=(3, 4, 4)) / 2, jnp.float32)},
+    "output": {"w": jnp.asarray(RNG.normal(size=(4, 2)), jnp.float32)},
 }
-BATCH = jax.random.normal(jax.random.key(2), (1, 5, 4))
+BATCH = jnp.asarray(RNG.normal(size=(1, 5, 4)), jnp.float32)
 
 
 def loss(x, batch):

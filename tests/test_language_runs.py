@@ -52,9 +52,12 @@ def trained(commands):
     return commands.folder / "adapted", ended
 
 
+apply = jax.jit(transformer.apply, static_argnums=0)
+
+
 def logits(folder, tokens):
     config, params, _ = weights.load(f"hf:{folder}")
-    return np.asarray(transformer.apply(config, params, tokens, np.ones_like(tokens)))
+    return np.asarray(apply(config, params, tokens, np.ones_like(tokens)))
 
 
 def test_a_run_shows_progress_and_counts_adapters_only(trained):

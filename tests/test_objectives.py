@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sklearn.metrics import accuracy_score, f1_score
 
 from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
@@ -22,6 +21,8 @@ RNG = np.random.default_rng(3)
 
 @pytest.mark.parametrize("classes", [2, 3, 6])
 def test_error_rate_and_macro_f1_are_scikit_learns(classes):
+    from sklearn.metrics import accuracy_score, f1_score  # takes two seconds to import
+
     for _ in range(20):
         scores = RNG.normal(size=(9, classes)).astype(np.float32)
         labels = RNG.integers(0, classes, 9)

@@ -100,11 +100,11 @@ def test_each_example_is_clipped_alone():
     task, estimator, algorithm = private_decomfl(0.8, 0.0)
     state, batches = algorithm.init(task.init(KEY)), batches_of(task, 1)
     upload = jax.jit(algorithm.client)(KEY, state, (), batches, KEY).upload[0]
-    rows, clipped = [], 0
+    rows, clipped, step = [], 0, keys.step_key(KEY, 0)
+    measure = jax.jit(lambda x, one: estimator.measure(task.loss, step, 0, x, one).scalars)
     for i in range(4):
-        one = jax.tree.map(lambda x, i=i: x[0, i : i + 1], batches)
-        step = keys.step_key(KEY, 0)
-        g = np.asarray(estimator.measure(task.loss, step, 0, state.params, one).scalars)
+        one = jax.tree.map(lambda x, i=i: np.asarray(x)[0, i : i + 1], batches)
+        g = np.asarray(measure(state.params, one))
         clipped += np.linalg.norm(g) > 0.8
         rows.append(g * min(1, 0.8 / np.linalg.norm(g)))
     assert clipped > 0
@@ -163,13 +163,13 @@ def test_a_client_goes_on_with_its_noisy_scalars():
     task, estimator, algorithm = private_decomfl(0.5, 20.0, local_steps=2)
     state, batches = algorithm.init(task.init(KEY)), batches_of(task, 2)
     upload = jax.jit(algorithm.client)(KEY, state, (), batches, jax.random.key(9)).upload
-    direction = estimator.expand(keys.step_key(KEY, 0), state.params, upload[0])
-    moved = jax.tree.map(lambda x, z: x - 0.1 * z, state.params, direction)
-    second = private_decomfl(0.5, 0.0)[2]
+    direction = jax.jit(estimator.expand)(keys.step_key(KEY, 0), state.params, upload[0])
+    moved = jax.tree.map(lambda x, z: x - 0.1 * np.asarray(z), state.params, direction)
+    second = jax.jit(private_decomfl(0.5, 0.0)[2].client)
     # The loss tells where it was.
     result = jax.jit(algorithm.client)(KEY, state, (), batches, jax.random.key(9))
     first, last = (
-        second.client(
+        second(
             keys.step_key(KEY, k), state._replace(params=x), (), batches_at(batches, k), KEY
         ).stats["loss"]
         for k, x in ((0, state.params), (1, moved))

@@ -1,6 +1,7 @@
 """Progress that comes back from a run directory is the progress that was lost."""
 
 import copy
+import functools
 import re
 from typing import NamedTuple
 
@@ -22,15 +23,24 @@ from zofl_jax.tasks import quadratic
 
 FLAGS = {"seed": 0}
 EVAL_EVERY = 5
-TASK = quadratic.quadratic(
-    jax.random.key(0), dim=12, effective_rank=4.0, num_clients=6, examples_per_client=2, noise=0.5
-).task
+
+
+@functools.cache
+def task():
+    return quadratic.quadratic(
+        jax.random.key(0),
+        dim=12,
+        effective_rank=4.0,
+        num_clients=6,
+        examples_per_client=2,
+        noise=0.5,
+    ).task
 
 
 def make_algorithm(num_perturbations=3, local_steps=1, optimizer=None):
     estimator = estimators.central_difference(num_perturbations, 1e-2)
     return decomfl(
-        TASK.loss,
+        task().loss,
         estimator,
         optimizer or optax.sgd(0.05, momentum=0.9),
         local_steps=local_steps,
@@ -39,7 +49,7 @@ def make_algorithm(num_perturbations=3, local_steps=1, optimizer=None):
 
 def make_simulator(algorithm=None, seed=0):
     return simulation.make_simulator(
-        algorithm or make_algorithm(), TASK, clients_per_round=3, batch_size=1, seed=seed
+        algorithm or make_algorithm(), task(), clients_per_round=3, batch_size=1, seed=seed
     )
 
 
@@ -367,7 +377,7 @@ def test_broadcasts_of_any_tree_and_type_are_logged_as_documented():
 @pytest.mark.optimized
 def test_seeds_are_logged_as_the_words_of_the_round_keys(tmp_path):
     simulator = simulation.make_simulator(
-        make_algorithm(), TASK, clients_per_round=2, batch_size=1, prng_impl="threefry4x32"
+        make_algorithm(), task(), clients_per_round=2, batch_size=1, prng_impl="threefry4x32"
     )
     outcome = drive(tmp_path / "run", simulator, 5)
     for row in outcome.rows:

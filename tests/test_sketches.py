@@ -92,19 +92,21 @@ def test_blocks_have_directions_of_their_own_in_proportion_to_their_size():
         found = errors(read, TREE)
         assert abs(found.mean() - expected / squared(TREE)) <= 5 * found.std() / COUNT**0.5
     # A block's numbers tell nothing of others, and layers have different directions.
-    made = sketch(10, gaussian)
-    key, head, second = jax.random.key(0), jnp.ones(5), jnp.ones((2, 4, 3)).at[0].set(0)
-    alone = made.measure(key, {"head": 0 * head, "layers": {"w": second}})
+    measure, key = jax.jit(sketch(10, gaussian).measure), jax.random.key(0)
+    head, layers = np.ones(5, np.float32), np.ones((2, 4, 3), np.float32)
+    second = layers * np.array([0, 1], np.float32)[:, None, None]
+    alone = np.asarray(measure(key, {"head": 0 * head, "layers": {"w": second}}))
     np.testing.assert_array_equal(alone[:6], 0)
-    both = made.measure(key, {"head": head, "layers": {"w": jnp.ones((2, 4, 3))}})
+    both = np.asarray(measure(key, {"head": head, "layers": {"w": layers}}))
     np.testing.assert_allclose(both[6:], alone[6:], rtol=1e-6)
     assert abs(both[2:6] - both[6:]).min() > 1e-3
 
 
 def test_a_block_s_directions_hang_on_its_name_alone():
     made, key = sketch(6, perturbations.rademacher(), rank=0), jax.random.key(1)
-    one = made.measure(key, {"w": X["w"]})
-    two = made.measure(key, {"a": jnp.ones((4, 3)), "w": X["w"]})
+    measure = jax.jit(made.measure)
+    one = np.asarray(measure(key, {"w": X["w"]}))
+    two = np.asarray(measure(key, {"a": X["w"] + 3, "w": X["w"]}))
     np.testing.assert_allclose(two[3:] * 3**0.5, one[:3] * 6**0.5, rtol=1e-5)
 
 
@@ -126,10 +128,12 @@ def test_hundreds_of_directions_are_summed_in_groups(perturbation):
 def test_an_effective_rank_is_the_mean_s_share():
     """r = 6 of 12: f = P / (P + 13 / 2); of as many as there are and more, the least error's."""
     gaussian, key = perturbations.gaussian(), jax.random.key(2)
-    unbiased = sketch(P, gaussian, rank=0).expand(key, X, jnp.arange(1.0, P + 1))["w"]
-    for rank, share in ((6, P / (P + 6.5)), (12, P / (P + 13)), (1e9, P / (P + 13))):
-        read = sketch(P, gaussian, rank=rank).expand(key, X, jnp.arange(1.0, P + 1))["w"]
-        np.testing.assert_allclose(read, share * unbiased, rtol=1e-5)
+    shares = {0: 1, 6: P / (P + 6.5), 12: P / (P + 13), 1e9: P / (P + 13)}
+    made = [sketch(P, gaussian, rank=rank) for rank in shares]
+    read = jax.jit(lambda scalars: [each.expand(key, X, scalars)["w"] for each in made])
+    unbiased, *others = map(np.asarray, read(jnp.arange(1.0, P + 1)))
+    for found, share in zip(others, list(shares.values())[1:], strict=True):
+        np.testing.assert_allclose(found, share * unbiased, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from zofl_jax import keys
 from zofl_jax.algorithms import decomfl
 from zofl_jax.algorithms.step_rules import WithRule, normalized, radazo, second_moment
 from zofl_jax.configuration.phases import build_phases
-from zofl_jax.directions import estimators, perturbations
+from zofl_jax.directions import estimators, perturbations, sums
 
 KEY = keys.round_key(keys.root(0).shared, 0)
 TASK = softmax_task()
@@ -41,16 +41,16 @@ def test_fzoo_divides_by_the_spread_of_the_cohort_s_perturbed_losses():
     rule = decomfl(TASK.loss, estimator, optax.sgd(RATE), step_rule=normalized())
     _, before, after = after_a_round(rule)
     gaussian, x = perturbations.gaussian(), before.params
-    moved = [
-        gaussian.add(x, gaussian.sample(key, x), MU)
-        for key in keys.direction_keys(keys.step_key(KEY, 0), P)
-    ]
 
-    def mean_loss(params):
+    @jax.jit
+    @jax.vmap
+    def mean_loss(key):
+        moved = sums.arrays(gaussian.add(x, gaussian.sample(key, x), MU))
         firsts = jax.tree.map(lambda b: b[:, 0], BATCHES)
-        return jnp.mean(jax.vmap(TASK.loss, (None, 0))(params, firsts))
+        return jnp.mean(jax.vmap(TASK.loss, (None, 0))(moved, firsts))
 
-    losses = np.array([mean_loss(params) for params in moved], np.float64)
+    drawn = keys.direction_keys(keys.step_key(KEY, 0), P)
+    losses = np.asarray(mean_loss(drawn), np.float64)
     plain = decomfl(TASK.loss, estimator, optax.sgd(RATE))
     _, _, straight = after_a_round(plain)
     for name, start in x.items():

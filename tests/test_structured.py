@@ -203,8 +203,8 @@ def test_a_large_leaf_is_drawn_in_blocks(monkeypatch):
     """The blocks change with `BLOCK`; what a block holds depends on its key alone."""
     monkeypatch.setattr(sums, "BLOCK", 8)
     x = {"w": jnp.zeros((6, 4)), "layers": {"w": jnp.zeros((2, 6, 4))}}
-    z = sums.arrays(perturbations.rademacher().sample(KEY, x))
-    leaf_keys = keys.leaf_keys(KEY, x)
+    sample = jax.jit(lambda key: sums.arrays(perturbations.rademacher().sample(key, x)))
+    z, leaf_keys = sample(KEY), keys.leaf_keys(KEY, x)
 
     def blocks(key):
         return [generators.signs(keys.block_key(key, i), (2, 4), jnp.float32) for i in range(3)]
@@ -215,9 +215,10 @@ def test_a_large_leaf_is_drawn_in_blocks(monkeypatch):
     np.testing.assert_array_equal(z["layers"]["w"], expected)
     scalars = jnp.array([0.5, -2.0])
     several = keys.direction_keys(KEY, 2)
-    total = perturbations.rademacher().accumulate(several, x, scalars)
-    each = [sums.arrays(perturbations.rademacher().sample(key, x)) for key in several]
-    expected = jax.tree.map(lambda *zs: sum(s * z for s, z in zip(scalars, zs, strict=True)), *each)
+    accumulate = jax.jit(lambda *given: perturbations.rademacher().accumulate(*given))
+    total = accumulate(several, x, scalars)
+    each = [jax.tree.map(np.asarray, sample(key)) for key in several]
+    expected = jax.tree.map(lambda a, b: 0.5 * a - 2 * b, *each)
     for found, right in zip(jax.tree.leaves(total), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-6, atol=1e-6)
 

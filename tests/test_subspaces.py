@@ -1,5 +1,7 @@
 """Lazily changed orthonormal subspaces: their directions, what is estimated, how long they stay."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,14 +23,23 @@ PARAMS = {
     "b": jnp.zeros(2),
 }
 RANK = 2
-BASES = jax.jit(lambda key: perturbations.bases(key, PARAMS, RANK))(jax.random.key(3))
+
+
+@jax.jit
+def bases_of(key):
+    return perturbations.bases(key, PARAMS, RANK)
+
+
+@functools.cache
+def bases():
+    return bases_of(jax.random.key(3))
 
 
 def projections():
     """Returns (m n / r²) Π for all params, [d, d], formed of the bases by Kronecker products."""
     blocks = []
     for path, x in jax.tree_util.tree_leaves_with_path(PARAMS):
-        basis = BASES.get(keys.path_name(path))
+        basis = bases().get(keys.path_name(path))
         if basis is None:
             blocks.append(np.eye(x.size))
             continue
@@ -52,21 +63,22 @@ def flat(tree, count):
 
 
 def test_bases_are_orthonormal_and_those_of_other_keys_are_others():
-    for name, (left, right) in BASES.items():
+    for name, (left, right) in jax.tree.map(np.asarray, bases()).items():
         for side in (left.reshape(*left.shape[: left.ndim - right.ndim + 1], -1, RANK)
                      if name == "layers/w" else left.reshape(-1, RANK), right):  # fmt: skip
             gram = np.swapaxes(side, -1, -2) @ side
             np.testing.assert_allclose(gram, np.broadcast_to(np.eye(RANK), gram.shape), atol=1e-5)
-    other = perturbations.bases(jax.random.key(4), PARAMS, RANK)["w"].left
-    assert np.abs(np.asarray(other - BASES["w"].left)).max() > 0.1
-    wide = perturbations.bases(KEY, {"w": jnp.zeros((3, 8))}, 5)["w"]
+    other = bases_of(jax.random.key(4))["w"].left
+    assert np.abs(np.asarray(other) - bases()["w"].left).max() > 0.1
+    wide = jax.jit(lambda: perturbations.bases(KEY, {"w": jnp.zeros((3, 8))}, 5)["w"])()
     assert (wide.left.shape, wide.right.shape) == ((3, 3), (8, 5))
 
 
 def test_covariance_is_the_projection_times_the_stated_factor():
     """E[z zᵀ] = (m n / r²) Π for each matrix, I for vectors: by 5 standard errors an entry."""
     count = 20_000
-    sample = jax.vmap(lambda key: sums.arrays(perturbations.subspace(BASES).sample(key, PARAMS)))
+    directions = perturbations.subspace(bases())
+    sample = jax.vmap(lambda key: sums.arrays(directions.sample(key, PARAMS)))
     z = flat(jax.jit(sample)(keys.direction_keys(KEY, count)), count)
     products = z[:, :, None] * z[:, None, :]
     error = products.mean(0) - projections()
@@ -102,7 +114,7 @@ def network_params():
 
 def test_the_mean_estimate_is_the_projected_gradient_times_the_factor():
     x, batch = network_params(), jnp.asarray(np.random.default_rng(1).normal(size=(6, 5)))
-    estimator = estimators.central_difference(2, 1e-1, perturbations.subspace(BASES))
+    estimator = estimators.central_difference(2, 1e-1, perturbations.subspace(bases()))
     count = 20_000
 
     def estimate(key):
@@ -118,7 +130,7 @@ def test_the_mean_estimate_is_the_projected_gradient_times_the_factor():
 
 def test_sums_and_structured_losses_are_those_of_formed_directions():
     x, batch = network_params(), jnp.asarray(np.random.default_rng(1).normal(size=(6, 5)))
-    directions = perturbations.subspace(BASES)
+    directions = perturbations.subspace(bases())
     each = keys.direction_keys(KEY, 3)
     form = jax.jit(lambda key: sums.arrays(directions.sample(key, x)))
     formed = [form(key) for key in each]

@@ -102,8 +102,12 @@ TINY = architectures.Config("llama", 12, 8, 16, 2, 2, 1, 4, 16)
 
 
 def tiny_params(scale):
-    params = transformer.init(TINY, jax.random.key(0))
-    return jax.tree.map(lambda leaf: scale * (leaf + 1), params)
+    random = np.random.default_rng(0)
+
+    def leaf(spec):
+        return jnp.asarray(scale * (1 + 0.02 * random.normal(size=spec.shape)), spec.dtype)
+
+    return jax.tree.map(leaf, transformer.shapes(TINY))
 
 
 def shard(folder):

@@ -58,6 +58,16 @@ def run(program: Program, args: Sequence[Any]) -> list[Any]:
     return jax.extend.core.jaxpr_as_fun(closed)(*args)
 
 
+def results(program: Program) -> list[jax.ShapeDtypeStruct]:
+    """Returns the shapes of what a program computes.
+
+    >>> results(trace(lambda x: (x > 0, x), 1.0)[0])
+    [ShapeDtypeStruct(shape=(), dtype=bool), ShapeDtypeStruct(shape=(), dtype=float32)]
+    """
+    avals = [variable.aval for variable in program.jaxpr.outvars]
+    return [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+
+
 def run_equation(around: Program, equation: Equation, inputs: Sequence[Any]) -> list[Any]:
     """Returns what one equation of a program computes from arrays: it is run as one alone."""
     pairs = zip(equation.invars, inputs, strict=True)

@@ -10,8 +10,11 @@ Sources, read in November 2026:
   over the axes, 3 for v4 and v5p, 2 for v5e and v6e.
 - H100: NVIDIA, "H100 Tensor Core GPU" data sheet, the SXM form without sparsity. NVLink has 900
   GB/s both ways together, so 450 each way.
+
+It needs no JAX, and so `experiments.launch_local` needs none.
 """
 
+import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -93,3 +96,8 @@ def named(name: str) -> Chip:
         if chip.name.lower() == name.lower():
             return chip
     raise ValueError(f"{name!r} is not in the table: use {', '.join(c.name for c in CHIPS)}")
+
+
+def counts_cpu_devices() -> bool:
+    """Returns whether a flag of XLA says how many devices a CPU is: JAX refuses its own beside."""
+    return "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")

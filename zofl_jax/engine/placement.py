@@ -36,6 +36,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from zofl_jax import keys, platforms
 from zofl_jax.core import Array, Batch, ClientData, Layout, Params
 from zofl_jax.directions import perturbations
+from zofl_jax.engine import hardware
 
 CLIENTS = "clients"
 """The mesh axis that clients are shared out over."""
@@ -97,15 +98,10 @@ def use_cpu_devices(count: int | None = None) -> int:
     if count is not None and count < 1:
         raise ValueError(f"the CPU must be at least 1 device, got {count}")
     wanted = count or _num_cores()
-    if not counts_cpu_devices():
+    if not hardware.counts_cpu_devices():
         with contextlib.suppress(RuntimeError):  # JAX runs already
             jax.config.update("jax_num_cpu_devices", wanted)
     return len(jax.local_devices())
-
-
-def counts_cpu_devices() -> bool:
-    """Returns whether a flag of XLA says how many devices a CPU is: JAX refuses its own beside."""
-    return "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
 
 
 def make_mesh(

@@ -42,6 +42,7 @@ from zofl_jax.core import (
     Wire,
 )
 from zofl_jax.data import batches as data_batches
+from zofl_jax.directions import jaxprs
 from zofl_jax.engine import carried, ledger, placement
 
 CAPACITY = 128
@@ -114,8 +115,12 @@ def make_advance(
     def advance(
         state: ServerState, memory: Any, train: ClientData, root: keys.RootKeys, limit: Array
     ) -> Loop:
+        # Traced once, for the shapes of the buffers and for the body of the loop.
+        program, out = jaxprs.trace(exchange, state, memory, train, root)
+
         def body(loop: Loop) -> Loop:
-            record, memory, healthy = exchange(loop.state, loop.memory, train, root)
+            given = jax.tree.leaves((loop.state, loop.memory, train, root))
+            record, memory, healthy = jax.tree.unflatten(out, jaxprs.run(program, given))
             key = keys.round_key(root.shared, loop.state.round)
             done = loop.done + healthy
             after = _server_if(healthy, algorithm, key, loop.state, record.broadcast)
@@ -123,7 +128,7 @@ def make_advance(
             after, memory, records = where.settled((after, memory, records), after.params)
             return Loop(done, after, memory, records, healthy, record.loss)
 
-        record, _, _ = jax.eval_shape(exchange, state, memory, train, root)
+        record, _, _ = jax.tree.unflatten(out, jaxprs.results(program))
         buffers = jax.tree.map(lambda x: jnp.zeros((rounds_at_most, *x.shape), x.dtype), record)
         loss = jnp.zeros((), record.loss.dtype)
         start = Loop(jnp.zeros((), jnp.int32), state, memory, buffers, jnp.ones((), bool), loss)
