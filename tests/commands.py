@@ -24,10 +24,7 @@ import gc, importlib, json, os, sys, tempfile, traceback
 from absl.testing import flagsaver
 from experiments import entry
 
-name, tests = sys.argv[1:]
-sys.path.append(tests)
-import programs
-programs.share_contexts()
+name = sys.argv[1]
 main = importlib.import_module(f"experiments.{name}").main
 gc.set_threshold(100_000, 20, 20)  # as in conftest.py
 answers, console = os.fdopen(os.dup(1), "w"), os.dup(2)
@@ -73,7 +70,7 @@ class InTurn:
 
     def __init__(self, name, environment):
         self._process = subprocess.Popen(
-            [sys.executable, "-c", IN_TURN, name, str(ROOT / "tests")],
+            [sys.executable, "-c", IN_TURN, name],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

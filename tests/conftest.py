@@ -41,7 +41,6 @@ def leave_tpus_alone() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     leave_tpus_alone()
     programs.compile_quickly()
-    programs.share_contexts()
     # Tracing makes many objects and no garbage: collected as seldom, that takes a twentieth less.
     gc.set_threshold(100_000, 20, 20)
     # A second run takes from here what takes long to compile; the rest isn't worth the writing.

@@ -6,26 +6,18 @@ the compilation; newer ones can't. And it shares a program out over threads, eac
 its own: where every core runs tests, what that takes is lost, an eighth of all a test takes (with
 jaxlib 0.12 nothing any more).
 
-JAX makes an MLIR context for each program, which loads its dialects: 5 ms of CPU, a quarter of all
-that a small program takes. So programs share one.
-
 `ZOFL_JAX_TEST_PROGRAMS=users` compiles everything as users have it.
 """
 
 import os
 import subprocess
 import sys
-import threading
-from typing import Any
 
 AS_USERS_RUN_THEM = os.environ.get("ZOFL_JAX_TEST_PROGRAMS") == "users"
 QUICK_FLAGS = (
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
 )
-
-PROGRAMS_OF_A_CONTEXT = 200
-"""After so many a new context follows: one keeps each constant and type of its programs."""
 
 _ASK = "import jax; jax.devices()"
 
@@ -44,28 +36,6 @@ def compile_quickly() -> None:
     for flag in QUICK_FLAGS:
         if _known((flag,)):
             _add((flag,))
-
-
-def share_contexts() -> None:
-    """Has programs that are lowered one after the other in a thread share a context of MLIR.
-
-    Where JAX makes its contexts elsewhere this does nothing.
-    """
-    from jax._src.interpreters import mlir
-
-    make = getattr(mlir, "make_ir_context", None)
-    if AS_USERS_RUN_THEM or make is None:
-        return
-    own = threading.local()
-
-    def shared() -> Any:
-        left = getattr(own, "left", 0)
-        if not left:
-            own.context = make()
-        own.left = (left or PROGRAMS_OF_A_CONTEXT) - 1
-        return own.context
-
-    mlir.make_ir_context = shared
 
 
 def users_flags() -> str:
