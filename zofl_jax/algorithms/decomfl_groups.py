@@ -28,7 +28,7 @@ import optax
 
 from zofl_jax import keys
 from zofl_jax.algorithms.decomfl import decomfl
-from zofl_jax.algorithms.method import Method, Parts, Refusal
+from zofl_jax.algorithms.method import LOSSY_CODECS, Method, Parts
 from zofl_jax.conditions import aggregation
 from zofl_jax.conditions.compression import Codec
 from zofl_jax.core import (
@@ -166,12 +166,6 @@ METHOD = Method(
     order=0,
     summary="decomfl whose clients are in groups with directions of their own; G·K·P scalars down",
     options=Options,
-    refuses={
-        "compression": Refusal(
-            "all of whose scalars are needed",
-            ("top_k", "sign"),
-            "use float16, bfloat16, int8, int4 or qsgd",
-        ),
-    },
+    refuses={"compression": LOSSY_CODECS},
     takes=("codec",),
 )

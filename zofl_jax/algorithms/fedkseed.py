@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from zofl_jax import keys, precision
-from zofl_jax.algorithms.method import Method, Parts, Refusal
+from zofl_jax.algorithms.method import LOSSY_CODECS, Method, Parts, Refusal
 from zofl_jax.conditions.compression import Codec
 from zofl_jax.core import (
     Algorithm,
@@ -248,11 +248,7 @@ METHOD = Method(
     defaults={"local_steps": 200},
     fixed={"num_perturbations": 1, "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0},
     refuses={
-        "compression": Refusal(
-            "all of whose scalars are needed",
-            ("top_k", "sign"),
-            "use float16, bfloat16, int8, int4 or qsgd",
-        ),
+        "compression": LOSSY_CODECS,
         "perturbation": Refusal(
             "whose pool has the same directions in all rounds",
             ("subspace",),

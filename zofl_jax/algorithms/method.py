@@ -79,6 +79,14 @@ class Refusal(NamedTuple):
     instead: str = "leave it out"
 
 
+LOSSY_CODECS = Refusal(
+    "all of whose scalars are needed",
+    ("top_k", "sign"),
+    "use float16, bfloat16, int8, int4 or qsgd",
+)
+"""Of `compression`, where each scalar goes with the code of its directions."""
+
+
 @dataclasses.dataclass(frozen=True)
 class NoOptions:
     """The settings of a method that has none of its own."""
