@@ -10,6 +10,8 @@ messages of `zofl_jax.ledger`, bytes that pass through a `Channel`, which counts
                        before them its group, if groups have directions of their own)
     broadcast    down  the cohort's mean, K·P scalars (of each group)
 
+Where directions are kept away from mean activations, upload and broadcast of some rounds are these.
+
 A late client replays the missed rounds one by one. Losses have hand-written gradients, and
 optimisers follow PyTorch's definitions. Taken from the library, and tested apart: the
 direction that belongs to a seed, and the batches a client draws.
@@ -167,6 +169,8 @@ class Agreement(NamedTuple):
     groups: int = 1  # of a batch, whose directions are p = group, group + groups, ...
     client_groups: int = 0  # with directions of their own; 0: all clients have the same
     group_seed: Callable[[bytes, int], bytes] = lambda seed, group: seed
+    measuring: tuple[int, ...] = ()  # rounds in which the mean inputs of a matrix are sent
+    measured: tuple[str, str] = ("kernel", "features")  # the matrix, and its inputs in a batch
 
     def seeds(self, seed: bytes) -> list[bytes]:
         """Returns the seed of each group's directions."""
@@ -197,10 +201,15 @@ class Replica:
         self.agreement = agreement
         self.params = _unpack_params(agreement, params_message)
         self.optimizer = agreement.optimizer()
+        self.mean: np.ndarray | None = None  # inputs of the measured matrix
         self.round = 0
 
     def apply_broadcast(self, seed: bytes, broadcast: bytes) -> None:
         """Advances one round: K optimiser steps with the cohort's mean scalars, of each group."""
+        if self.round in self.agreement.measuring:
+            self.mean = np.frombuffer(broadcast, self.agreement.dtype).astype(np.float64)
+            self.round += 1
+            return
         seeds = self.agreement.seeds(seed)
         scalars = _unpack_scalars(self.agreement, self.round, broadcast, len(seeds))
         for k in range(scalars.shape[1]):
@@ -212,14 +221,22 @@ class Replica:
         direction = {name: np.zeros_like(x) for name, x in self.params.items()}
         for seed, row in zip(seeds, scalars, strict=True):
             for p, scalar in enumerate(row):
-                z = self.agreement.direction(seed, k, p)
+                z = self.direction(seed, k, p)
                 for name in direction:
                     direction[name] += scalar * z[name] / len(row)
         self.params = self.optimizer.update(self.params, direction)
 
+    def direction(self, seed: bytes, k: int, p: int) -> Tree:
+        """Returns z, at right angles to the mean inputs if they are known."""
+        z = self.agreement.direction(seed, k, p)
+        if self.mean is None:
+            return z
+        matrix, unit = self.agreement.measured[0], self.mean / np.linalg.norm(self.mean)
+        return {**z, matrix: z[matrix] - np.outer(unit, unit @ z[matrix])}
+
     def copy(self) -> "Replica":
         other = Replica.__new__(Replica)
-        other.agreement, other.round = self.agreement, self.round
+        other.agreement, other.round, other.mean = self.agreement, self.round, self.mean
         other.params = {name: x.copy() for name, x in self.params.items()}
         other.optimizer = type(self.optimizer).__new__(type(self.optimizer))
         for name, value in vars(self.optimizer).items():
@@ -261,18 +278,24 @@ class Client:
         steps, directions = self.agreement.local_steps(r), self.agreement.num_perturbations(r)
         mu = self.agreement.smoothing(r)
         batches = self.draw_batches(r)
+        if r in self.agreement.measuring:
+            inputs = np.mean([b[self.agreement.measured[1]].mean(axis=0) for b in batches], axis=0)
+            return self.sent(inputs)
         group = self.draw_group(r)
         seed = self.agreement.seeds(self.seed)[group]
         scalars = np.zeros((steps, directions))
         for k in range(steps):
             for p in range(directions):
-                z = self.agreement.direction(seed, k, p)
+                z = local.direction(seed, k, p)
                 own = _part(batches[k], p % self.agreement.groups, self.agreement.groups)
                 scalars[k, p] = self.agreement.scalar(self.objective, local.params, z, own, mu)
             local.descend([seed], k, scalars[k : k + 1])
         message = bytes([group]) if self.agreement.client_groups else b""
-        message += scalars.astype(self.agreement.dtype).tobytes()
-        return message + struct.pack("<I", self.num_examples) * self.agreement.weighted
+        return message + self.sent(scalars)
+
+    def sent(self, numbers: np.ndarray) -> bytes:
+        weight = struct.pack("<I", self.num_examples) * self.agreement.weighted
+        return numbers.astype(self.agreement.dtype).tobytes() + weight
 
     def receive_broadcast(self, message: bytes) -> None:
         self.replica.apply_broadcast(self.seed, message)
@@ -323,8 +346,8 @@ class Server:
             share = np.ones(1)
             if groups := self.agreement.client_groups:
                 upload, share = upload[1:], np.arange(groups) == upload[0]
-            scalars = _unpack_scalars(self.agreement, self.replica.round, upload)
-            total = total + weight * share[:, None, None] * scalars
+            numbers = np.frombuffer(upload, self.agreement.dtype).astype(np.float64)
+            total = total + weight * np.outer(share, numbers)
             weight_sum += weight
         return (total / weight_sum).astype(self.agreement.dtype).tobytes()
 

@@ -13,6 +13,7 @@ from tiny_tasks import BATCH_SIZE, softmax_task
 
 from zofl_jax import keys
 from zofl_jax.algorithms import decomfl, decomfl_groups, ferret, hybrid
+from zofl_jax.algorithms.centred import centred
 from zofl_jax.algorithms.hybrid import Boundary
 from zofl_jax.core import Phase, Task
 from zofl_jax.data import batches as data_batches
@@ -150,6 +151,8 @@ def run_oracle(
 
 def shape_of(agreement: oracle.Agreement, r: int) -> tuple[int, ...]:
     """Returns the shape of a broadcast."""
+    if r in agreement.measuring:
+        return (agreement.shapes[agreement.measured[0]][0],)
     groups = (agreement.client_groups,) if agreement.client_groups else ()
     return *groups, agreement.local_steps(r), agreement.num_perturbations(r)
 
@@ -178,6 +181,7 @@ def agree(
     weighted: bool = False,
     groups: int = 1,
     client_groups: int = 0,
+    measuring: tuple[int, ...] = (),
 ) -> oracle.Agreement:
     like = simulator.task.init(simulator.root.init)
     impl = str(jax.random.key_impl(simulator.root.shared))
@@ -206,6 +210,7 @@ def agree(
         groups=groups,
         client_groups=client_groups,
         group_seed=functools.cache(group_seed),
+        measuring=measuring,
     )
 
 
@@ -231,6 +236,8 @@ def assert_agreement(
     )
     assert len(library.broadcasts) == len(reference.broadcasts) == ROUNDS
     for actual, expected in zip(library.broadcasts, reference.broadcasts, strict=True):
+        if isinstance(actual, dict):  # means
+            (actual,) = actual.values()
         assert actual.dtype == np.float64
         assert actual.shape == expected.shape
         assert_close(actual, expected)
@@ -310,6 +317,36 @@ def test_groups_of_clients_with_directions_of_their_own_agree(x64, local_steps):
         num_perturbations=3,
         local_steps=local_steps,
         client_groups=2,
+    )
+    assert_agreement(simulator, agreement, oracle.softmax_regression())
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_directions_away_from_means_that_are_measured_twice_agree(x64, weighting):
+    """Isotropic ones at first; some clients miss both rounds of measuring."""
+    make, scalar = ESTIMATORS["central_difference"]
+    task, measuring = softmax_task(np.float64), (2, 9)
+
+    def along(directions):
+        estimator = make(3, perturbation=directions)
+        return decomfl(task.loss, estimator, sgd(), local_steps=2)
+
+    batch = jax.tree.map(lambda x: x[:BATCH_SIZE], task.train.examples)
+    both = centred(along, GAUSSIAN, task.loss, batch)
+    phases = [Phase(0, both.method)]
+    for r in measuring:
+        phases += [Phase(r, both.measuring), Phase(r + 1, both.method)]
+    simulator = simulation.make_simulator(
+        phases, task, clients_per_round=COHORT, batch_size=BATCH_SIZE, weighting=weighting
+    )
+    agreement = agree(
+        simulator,
+        scalar,
+        oracle_sgd(),
+        num_perturbations=3,
+        local_steps=2,
+        weighted=weighting == "examples",
+        measuring=measuring,
     )
     assert_agreement(simulator, agreement, oracle.softmax_regression())
 

@@ -255,6 +255,7 @@ METHOD = Method(
             "use --perturbation=low_rank",
         ),
         "history": Refusal("whose pool has the same directions in all rounds"),
+        "centre_rounds": Refusal("whose pool has the same directions in all rounds"),
     },
     takes=("codec",),
     warms_up=True,

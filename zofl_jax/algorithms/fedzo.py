@@ -85,5 +85,8 @@ METHOD = Method(
     summary="local descent by estimated gradients; the change of the model up (Fang et al. 2022)",
     options=Options,
     defaults={"momentum": 0.0},
-    refuses={"history": Refusal("whose late clients are sent the model without its updates")},
+    refuses={
+        "history": Refusal("whose late clients are sent the model without its updates"),
+        "centre_rounds": Refusal("whose late clients are sent the model without the means"),
+    },
 )

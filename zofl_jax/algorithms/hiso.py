@@ -183,8 +183,9 @@ METHOD = Method(
     options=Options,
     defaults={"momentum": 0.0},
     refuses={
+        "centre_rounds": Refusal("which stretches its directions, back towards the means"),
         "late_weight": Refusal(
             "which keeps no curvature of the round before to draw its directions in"
-        )
+        ),
     },
 )

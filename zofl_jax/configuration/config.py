@@ -171,6 +171,11 @@ class Directions:
         "Share of a direction's square length that lies in the span of --history.",
         within=share(below_one=True),
     )
+    centre_rounds: str = setting(
+        "",
+        "Rounds, such as 0 or 0,100, in which clients send the mean inputs of the model's matrices "
+        "in place of scalars: directions are at right angles to them from then on.",
+    )
     num_perturbations: int = setting(
         20,
         "P, directions of a local step; of a round where its change is projected on them.",

@@ -1,7 +1,9 @@
 """The algorithm of a config, and its phases."""
 
+import bisect
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import optax
 
 from zofl_jax import keys
 from zofl_jax.algorithms import Parts
+from zofl_jax.algorithms.centred import centred
 from zofl_jax.algorithms.history import with_history
 from zofl_jax.algorithms.local_training import ClientOptimizer
 from zofl_jax.algorithms.subspaces import in_subspaces
@@ -16,7 +19,7 @@ from zofl_jax.algorithms.warmup import warmed_up
 from zofl_jax.configuration import choices, schedules, warmups, wrapping
 from zofl_jax.configuration.config import Config
 from zofl_jax.configuration.public import Calibration
-from zofl_jax.core import Algorithm, Params, Phase, Task
+from zofl_jax.core import Algorithm, Batch, Params, Phase, Task
 from zofl_jax.directions import estimators, perturbations, scaling
 from zofl_jax.directions.estimators import Estimator
 from zofl_jax.directions.perturbations import Perturbation
@@ -26,7 +29,7 @@ def build_phases(config: Config, task: Task, public: Calibration | None = None) 
     """Returns the algorithm of each phase: of the warm-up, and of the schedule.
 
     The schedule's phases differ in their number of perturbations alone; learning rate and smoothing
-    follow the round within them.
+    follow the round within them. Rounds that measure activations are phases of their own.
 
     Args:
       config: the settings.
@@ -60,7 +63,7 @@ def _scheduled(config: Config, task: Task, public: Calibration | None) -> list[P
         )
     pool_key = keys.pool_key(root.shared)
 
-    def algorithm(count: int) -> Algorithm:
+    def algorithm(count: int, measuring: bool = False) -> Algorithm:
         def make(private: Callable[[Estimator], Estimator]) -> Algorithm:
             def make_estimator(directions: Perturbation) -> Estimator:
                 return private(_estimator(config, count, smoothing, directions))
@@ -99,6 +102,9 @@ def _scheduled(config: Config, task: Task, public: Calibration | None) -> list[P
                 size = None if mask is None else sum(int(m.sum()) for m in jax.tree.leaves(mask))
                 share = config.history_share
                 return with_history(along, perturbation, config.history, share, size)
+            if config.centre_rounds:
+                both = centred(along, perturbation, task.loss, _batch_shapes(config, task))
+                return both.measuring if measuring else both.method
             return along(perturbation)
 
         guarded = wrapping.guarded(config, wrapping.make_private(config, make))
@@ -112,7 +118,26 @@ def _scheduled(config: Config, task: Task, public: Calibration | None) -> list[P
         if count != previous:
             phases.append(Phase(change.first_round, algorithm(count)))
         previous = count
-    return phases
+    rounds = schedules.parse_rounds(config.centre_rounds)
+    return _measured(phases, rounds, algorithm(count, measuring=True)) if rounds else phases
+
+
+def _measured(phases: list[Phase], rounds: list[int], measuring: Algorithm) -> list[Phase]:
+    """Returns the phases with rounds of measuring among them, in place of theirs."""
+    begin = [phase.first_round for phase in phases]
+    firsts = sorted({*begin, *rounds, *(r + 1 for r in rounds)})
+
+    def algorithm(r: int) -> Algorithm:
+        return measuring if r in rounds else phases[bisect.bisect(begin, r) - 1].algorithm
+
+    return [Phase(r, algorithm(r)) for r in firsts]
+
+
+def _batch_shapes(config: Config, task: Task) -> Batch:
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
+
+    return jax.tree.map(shape, task.train.examples)
 
 
 def perturbation_of(config: Config) -> Perturbation:

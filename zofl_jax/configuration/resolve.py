@@ -60,7 +60,7 @@ fedkseed or fedkseed_pro
     config = _filled_in(_layered(values))
     needs.check(config, shared)
     checks = (_check_method, _check_cohort, _check_adversity, _check_sums, _check_privacy)
-    for check in (*checks, _check_schedule, _check_groups):
+    for check in (*checks, _check_schedule, _check_groups, _check_centring):
         check(config)
     if config.learning_rate is None:
         config = config.replace(learning_rate=rates.default(config))
@@ -303,7 +303,11 @@ def _check_adversity(config: Config) -> None:
             f"--step_rule={config.get('step_rule')}, whose steps are as long whatever an upload "
             f"weighs: use --step_rule={step_rules.PLAIN}"
         )
-    moving = {"perturbation": config.perturbation == "subspace", "history": config.history > 0}
+    moving = {
+        "perturbation": config.perturbation == "subspace",
+        "history": config.history > 0,
+        "centre_rounds": bool(config.centre_rounds),
+    }
     for name, moves in moving.items():
         if moves and config.late_weight:
             raise ValueError(
@@ -311,10 +315,11 @@ def _check_adversity(config: Config) -> None:
                 f"--{name}={config.get(name)}, whose directions of the round before nobody has: "
                 "use --late_weight=0"
             )
-    if all(moving.values()):
+    together = [f"--{name}={config.get(name)}" for name, moves in moving.items() if moves]
+    if len(together) > 1:
         raise ValueError(
-            f"--history={config.history} is not possible with --perturbation=subspace, whose "
-            "directions have a span already: leave one of them out"
+            f"{together[-1]} is not possible with {together[0]}, whose directions have a span "
+            "already: leave one of them out"
         )
     if config.secure_sum and config.attack in ("nan", "inf"):
         raise ValueError(
@@ -329,6 +334,43 @@ def _check_adversity(config: Config) -> None:
         if sent is kind and config.attack in impossible:
             refusal = Refusal(reason, instead="use --attack=sign_flip")
             raise ValueError(_refused(config, "attack", refusal))
+
+
+def _check_centring(config: Config) -> None:
+    """Checks that clients may send the means of their activations, and directions heed them."""
+    rounds = schedules.parse_rounds(config.centre_rounds)
+    given = f"--centre_rounds={config.centre_rounds}"
+    if not rounds:
+        return
+    if rounds[-1] >= config.rounds - 1:
+        raise ValueError(
+            f"{given} leaves no round of --rounds={config.rounds} after it: take earlier ones, or "
+            "more --rounds"
+        )
+    if rounds[0] < config.warmup_rounds:
+        raise ValueError(
+            f"{given} is not possible with --warmup_rounds={config.warmup_rounds}, whose method "
+            f"has no directions: take {config.warmup_rounds} or later ones"
+        )
+    if config.dp != "none" or config.method.private(config.options):
+        raise ValueError(
+            f"{given} is not possible with differential privacy, whose ε does not count the means "
+            "that clients send: leave it out"
+        )
+    for name, plain, possible, reason in (
+        ("mask", "none", False, "which cuts its directions"),
+        ("aggregator", "mean", config.aggregator != "majority_sign", "which makes signs of means"),
+    ):
+        if config.get(name) != plain and not possible:
+            raise ValueError(
+                f"{given} is not possible with --{name}={config.get(name)}, {reason}: use "
+                f"--{name}={plain}"
+            )
+    if config.kind == "quadratic":
+        raise ValueError(
+            f"{given} needs a model with products X W, which --task={config.task} has not: leave "
+            "it out"
+        )
 
 
 def _check_sums(config: Config) -> None:

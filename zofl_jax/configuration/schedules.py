@@ -58,6 +58,28 @@ def parse_schedule(text: str) -> list[Change]:
     return changes
 
 
+def parse_rounds(text: str) -> list[int]:
+    """Returns the rounds of a `--centre_rounds`, none for "".
+
+    Raises:
+      ValueError: for text that is not rounds in order.
+
+    >>> parse_rounds("0,100")
+    [0, 100]
+    """
+    try:
+        rounds = [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(
+            f"--centre_rounds={text} is not a list of rounds: write them as 0 or 0,100"
+        ) from None
+    if rounds != sorted(set(rounds)) or min(rounds, default=0) < 0:
+        raise ValueError(
+            f"--centre_rounds={text} must be rounds from 0 on in their order, as 0 or 0,100"
+        )
+    return rounds
+
+
 def directions(config: Config, change: Change) -> int:
     """Returns P from a change on."""
     return max(1, round(config.num_perturbations * change.num_perturbations))

@@ -34,9 +34,15 @@ def config_of(config: Config) -> Config:
         learning_rate=config.warmup_learning_rate,
         warmup_rounds=0,
     )
-    # Subspaces and histories are of a round, a pool stays, and a batch has one direction.
+    # Subspaces, histories and means are of a round, a pool stays, and a batch has one direction.
     plain = "gaussian" if config.perturbation == "subspace" else config.perturbation
-    found = found.replace(perturbation=plain, history=0, examples_per_direction=0, **method.fixed)
+    found = found.replace(
+        perturbation=plain,
+        history=0,
+        centre_rounds="",
+        examples_per_direction=0,
+        **method.fixed,
+    )
     if found.learning_rate is None:
         return found.replace(learning_rate=rates.default(found))
     return found

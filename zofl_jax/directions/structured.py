@@ -17,6 +17,7 @@ JAX promises neither the names of its operations nor those of their params. A ru
 which params it reads and which it may leave aside, and with any others the sum is taken.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from jax import lax
 
 from zofl_jax.core import Array
 from zofl_jax.directions import jaxprs
-from zofl_jax.directions.sums import NARROW, LowRank, Side, as_array, is_value
+from zofl_jax.directions.sums import NARROW, LowRank, Side, Watch, as_array, is_value
 
 _LEFT: Side = "left"
 _RIGHT: Side = "right"
@@ -131,15 +132,18 @@ def _scan(eqn: jaxprs.Equation, *inputs: Any) -> list[Any] | None:
     split = [(x.layers() if is_value(x) else None) for x in xs]
     parts = [cut[0] if cut is not None else as_array(x) for x, cut in zip(xs, split, strict=True)]
 
-    def step(carry: list[Array], parts: list[Any]) -> tuple[list[Array], list[Array]]:
+    watch = _watch_of(inputs) or Watch()
+
+    def step(carry: list[Array], parts: list[Any]) -> tuple[list[Array], tuple[Any, Any]]:
         whole = [
             cut[1](part) if cut is not None else part
             for part, cut in zip(parts, split, strict=True)
         ]
-        out = [as_array(x) for x in _run(body, [*consts, *carry, *whole])]
-        return out[:num_carry], out[num_carry:]
+        with watch.inside() as seen:
+            out = [as_array(x) for x in _run(body, [*consts, *carry, *whole])]
+        return out[:num_carry], (out[num_carry:], seen)
 
-    carry, stacked = lax.scan(
+    carry, (stacked, seen) = lax.scan(
         step,
         carry,
         parts,
@@ -147,6 +151,9 @@ def _scan(eqn: jaxprs.Equation, *inputs: Any) -> list[Any] | None:
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
+    of_layers = {x.name for x in xs if isinstance(x, LowRank)}
+    for name, means in seen.items():
+        watch.add(name, means if name in of_layers else means.sum(0))
     return [*carry, *stacked]
 
 
@@ -157,12 +164,16 @@ def _while(eqn: jaxprs.Equation, *inputs: Any) -> list[Any] | None:
     if min(first, second) < 0 or first + second + num_carry != len(inputs):
         return None
     cond_consts, body_consts = inputs[:first], inputs[first : first + second]
+    watch = _watch_of(inputs) or Watch()
 
+    # How often it turns isn't known, so its means are left out.
     def go_on(carry: list[Array]) -> Array:
-        return as_array(_run(condition, [*cond_consts, *carry])[0])
+        with watch.inside():
+            return as_array(_run(condition, [*cond_consts, *carry])[0])
 
     def step(carry: list[Array]) -> list[Array]:
-        return [as_array(x) for x in _run(body, [*body_consts, *carry])]
+        with watch.inside():
+            return [as_array(x) for x in _run(body, [*body_consts, *carry])]
 
     return lax.while_loop(go_on, step, [as_array(x) for x in inputs[first + second :]])
 
@@ -172,10 +183,52 @@ def _cond(eqn: jaxprs.Equation, index: Array, *operands: Any) -> list[Any] | Non
     if any(program.num_inputs != len(operands) for program in programs):
         return None
 
+    watch = _watch_of(operands)
+    if watch is not None:
+        return _watched_switch(watch, index, programs, operands)
+
     def branch(program: jaxprs.Program) -> Callable[[], list[Array]]:
         return lambda: [as_array(x) for x in _run(program, operands)]
 
     return lax.switch(index, [branch(program) for program in programs])
+
+
+def _watched_switch(
+    watch: Watch, index: Array, programs: Sequence[jaxprs.Program], operands: Sequence[Any]
+) -> list[Array]:
+    """Runs one of the programs; what another one alone has products with has the mean 0."""
+
+    def branch(program: jaxprs.Program) -> tuple[list[Array], dict[str, Array]]:
+        with watch.inside() as seen:
+            return [as_array(x) for x in _run(program, operands)], seen
+
+    met: dict[str, Any] = {}
+    for program in programs:
+        met |= jax.eval_shape(functools.partial(branch, program))[1]
+
+    def with_all(program: jaxprs.Program) -> tuple[list[Array], dict[str, Array]]:
+        out, seen = branch(program)
+        return out, {name: jnp.zeros(x.shape, x.dtype) for name, x in met.items()} | seen
+
+    out, seen = lax.switch(index, [functools.partial(with_all, program) for program in programs])
+    for name, mean in seen.items():
+        watch.add(name, mean)
+    return out
+
+
+def _watch_of(inputs: Sequence[Any]) -> Watch | None:
+    found = (x.watch for x in inputs if isinstance(x, LowRank) and x.watch is not None)
+    return next(found, None)
+
+
+def _note(w: LowRank, product: Callable[[Array], Array]) -> None:
+    """Notes the mean row of X; `product` takes an array like A, of one column, to X A."""
+    if w.watch is None:
+        return
+    a = w.terms[0].a
+    rows = jax.eval_shape(product, a)
+    (mean,) = jax.linear_transpose(product, a)(jnp.full(rows.shape, 1 / rows.size, rows.dtype))
+    w.watch.add(w.name, mean[..., 0])
 
 
 def _elementwise(eqn: jaxprs.Equation, x: Any) -> list[Any] | None:
@@ -303,8 +356,10 @@ def _convolution(eqn: jaxprs.Equation, x: Any, kernel: Any) -> list[Any] | None:
     plain = plain and eqn.params.get("out_sharding") is None
     if not plain or kernel.axes(_RIGHT) != [features] or features != kernel.base.ndim - 1:
         return None
-    narrow = [term for term in kernel.terms if term.c.size <= NARROW]
-    wide = tuple(term for term in kernel.terms if term.c.size > NARROW)
+    _note(kernel, lambda a: eqn.primitive.bind(x, a, **eqn.params))
+    terms = () if kernel.watch else kernel.terms
+    narrow = [term for term in terms if term.c.size <= NARROW]
+    wide = tuple(term for term in terms if term.c.size > NARROW)
     base = kernel.replace(terms=wide).array() if wide else kernel.base
     total = eqn.primitive.bind(x, base, **eqn.params)
     out_features = numbers.out_spec[1]
@@ -332,9 +387,11 @@ def _contract(
     def dot(x: Array, y: Array, dims: Any) -> Array:
         return lax.dot_general(x, y, dimension_numbers=dims, **params)
 
+    if used == _LEFT:
+        _note(w, lambda a: dot(x, a, ((tuple(x_axes), tuple(in_factor)), ((), ()))))
     narrow: list[tuple[Array, Array]] = []
     wide: list[tuple[Array, Array]] = []
-    for term in w.terms:
+    for term in () if w.watch else w.terms:
         inner, outer = (term.a, term.b) if used == _LEFT else (term.b, term.a)
         low = dot(x, inner, ((tuple(x_axes), tuple(in_factor)), ((), ())))
         low = low * term.c.astype(low.dtype)

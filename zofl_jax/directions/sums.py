@@ -6,8 +6,9 @@
 `structured.py` evaluates functions of them.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -71,12 +72,40 @@ class Term(struct.PyTreeNode):
     c: Array  # [R]
 
 
+class Watch:
+    """The mean rows of X in products X W, by the names of the W that are watched.
+
+    Where a W has several products, as in a loop, their means are added.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Array] = {}
+
+    def add(self, name: str, mean: Array) -> None:
+        """Notes what a product has."""
+        self.seen[name] = self.seen[name] + mean if name in self.seen else mean
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[dict[str, Array]]:
+        """Notes apart what is in a part of the function that is traced on its own."""
+        outside, self.seen = self.seen, {}
+        try:
+            yield self.seen
+        finally:
+            self.seen = outside
+
+
 class LowRank(Value, struct.PyTreeNode):
-    """W + Σ_t A_t diag(c_t) B_tᵀ."""
+    """W + Σ_t A_t diag(c_t) B_tᵀ.
+
+    With a `watch` it is W alone: of its one term only the shape of A is read.
+    """
 
     base: Array
     terms: tuple[Term, ...]
     sides: tuple[Side, ...] = struct.field(pytree_node=False)  # of each axis of the base
+    watch: Watch | None = struct.field(pytree_node=False, default=None)
+    name: str = struct.field(pytree_node=False, default="")  # that the watch knows
 
     def array(self) -> Array:
         """Returns the sum."""
@@ -94,7 +123,7 @@ class LowRank(Value, struct.PyTreeNode):
         def one(parts: Any) -> LowRank:
             base, factors = parts
             terms = (Term(a, b, c) for (a, b), c in zip(factors, scales, strict=True))
-            return LowRank(base, tuple(terms), self.sides[1:])
+            return self.replace(base=base, terms=tuple(terms), sides=self.sides[1:])
 
         return (self.base, [(term.a, term.b) for term in self.terms]), one
 
@@ -114,7 +143,7 @@ class LowRank(Value, struct.PyTreeNode):
         """
         left, right = self.axes("stack", "left"), self.axes("stack", "right")
         terms = (t.replace(a=factor(t.a, left), b=factor(t.b, right)) for t in self.terms)
-        return LowRank(base, tuple(terms), sides)
+        return self.replace(base=base, terms=tuple(terms), sides=sides)
 
     def map(self, fn: Callable[[Array], Array]) -> "LowRank":
         """Returns the value with `fn` applied to base, A and B."""

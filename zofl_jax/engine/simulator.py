@@ -160,7 +160,10 @@ class Simulator:
         self._carried = carried.of(phases[0].algorithm)
 
         params = jax.eval_shape(task.init, root.init)
-        shapes = [_message_shapes(phase.algorithm, task, root, setting, params) for phase in phases]
+        traced_once = functools.cache(
+            lambda first: _message_shapes(phases[first].algorithm, task, root, setting, params)
+        )
+        shapes = [traced_once(_first_alike(phases, i)) for i in range(len(phases))]
         _check_late_uploads(phases, shapes)
         weighted = setting.weighting == "examples"
         self.sizes = tuple(ledger.message_sizes(s, root.shared, params, weighted) for s in shapes)
@@ -388,7 +391,7 @@ class Simulator:
 
     def _launched(self, phase: int, state: ServerState, memory: Any, n: int) -> traced.Loop:
         return self._compiler.call(
-            ("advance", phase),
+            ("advance", _first_alike(self.phases, phase)),
             self._make_advance(phase),
             (state, memory, self._train, self._placed_root, np.int32(n)),
             donate=(0, 1),
@@ -416,7 +419,7 @@ class Simulator:
         impl = str(jax.random.key_impl(self.root.shared))
         buffers = jax.tree.map(lambda x: _pad(x, most), (seeds, broadcasts))
         state = self._compiler.call(
-            ("replay", phase),
+            ("replay", _first_alike(self.phases, phase)),
             traced.make_replay(self.phases[phase].algorithm, impl),
             (state, *buffers, np.int32(n)),
             donate=(0,),
@@ -459,6 +462,11 @@ def as_phases(algorithm: Algorithm | Sequence[Phase]) -> tuple[Phase, ...]:
 def phase_at(phases: Sequence[Phase], round_index: int) -> int:
     """Returns the index of the phase that round `round_index` belongs to."""
     return sum(phase.first_round <= round_index for phase in phases) - 1
+
+
+def _first_alike(phases: Sequence[Phase], i: int) -> int:
+    """Returns the first phase with the algorithm of phase i, whose programs serve both."""
+    return next(j for j, phase in enumerate(phases) if phase.algorithm is phases[i].algorithm)
 
 
 def _message_shapes(
