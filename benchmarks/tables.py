@@ -1,4 +1,4 @@
-"""Writes the tables of the README and of docs/scaling.md from the committed results.
+"""Writes the tables of the README, docs/scaling.md and docs/methods.md from committed results.
 
     python -m benchmarks.tables
 
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost_model, plans, speed, without_a_card
+from benchmarks import activations, cost_model, plans, speed, without_a_card
 from experiments import theory
 from zofl_jax.observation.quantities import human_bytes
 
@@ -24,7 +24,7 @@ FASHION = (
 
 
 def main() -> None:
-    """Rewrites README.md and docs/scaling.md."""
+    """Rewrites README.md, docs/scaling.md and docs/methods.md."""
     write(
         ROOT / "README.md",
         {"results": fashion_table(), "theory": theory_table(), "speed": speed.table(RESULTS)},
@@ -37,6 +37,7 @@ def main() -> None:
             "cost model": cost_model.table(RESULTS),
         },
     )
+    write(ROOT / "docs" / "methods.md", {"activations": activations.table(RESULTS)})
 
 
 def write(path: Path, tables: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    activations,
     cost_model,
     dispatch,
     generators,
@@ -144,6 +145,14 @@ def test_the_decoders_whose_precision_is_measured(name, size):
     marks = task.test["tokens"] < case.marks
     assert (marks.sum(axis=1) == 1).all()
     np.testing.assert_array_equal(task.test["tokens"][marks] >= case.marks // 2, task.test["label"])
+
+
+def test_mean_activations_hold_more_of_the_curvature_than_of_the_gradient(tmp_path):
+    (row,) = run(activations, tmp_path)["rows"]
+    assert 0 < row["gradient"] < row["curvature"] < 1
+    assert row["inside"] < 1 < row["gain"]
+    (tmp_path / "result.json").rename(tmp_path / "activations.json")
+    assert "| digits, mlp | 0 | 0.23 | " in activations.table(tmp_path)
 
 
 def test_sketches_cost(tmp_path):
