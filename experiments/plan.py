@@ -17,6 +17,7 @@ from typing import Any
 
 from absl import flags
 
+from zofl_jax.configuration import schedules
 from zofl_jax.configuration.config import Config
 from zofl_jax.configuration.experiment import build, of_architecture
 from zofl_jax.configuration.resolve import resolve
@@ -62,7 +63,7 @@ def main() -> None:
         factors = "bfloat16" if narrow else "float32"
         make = paper.make if _on_paper() else plans.make
         warmup = make(simulator, factors=factors) if config.warmup_rounds else None
-        plan = make(simulator, phase=1 if warmup else 0, factors=factors)
+        plan = make(simulator, phase=_first_of_the_method(config, simulator), factors=factors)
     for title, made in ((config.warmup, warmup), (config.algorithm, plan)):
         if made is None:
             continue
@@ -78,6 +79,13 @@ def main() -> None:
         if warmup:
             told["warmup"] = warmup.as_json()
         Path(FLAGS.out).expanduser().write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _first_of_the_method(config: Config, simulator: Simulator) -> int:
+    """Returns the first phase that is neither a warm-up nor measures activations."""
+    measuring = schedules.parse_rounds(config.centre_rounds)
+    firsts = [phase.first_round for phase in simulator.phases]
+    return next(i for i, r in enumerate(firsts) if r >= config.warmup_rounds and r not in measuring)
 
 
 def _config() -> Config:

@@ -307,3 +307,21 @@ def test_what_can_not_hold_is_refused():
     none = centred(make(), perturbations.gaussian(), lambda p, x: jnp.sum(p["w"]), BATCH)
     with pytest.raises(ValueError, match="no product X W"):
         none.measuring.init({"w": jnp.ones((2, 2))})
+
+
+def test_a_plan_is_of_the_method_and_a_round_of_measuring_has_no_noise(commands):
+    flags = ["--centre_rounds=0,2", "--num_perturbations=2", "--model=softmax"]
+    planned = commands.in_turn("plan", *flags)
+    plain = commands.in_turn("plan", *flags[1:])
+    assert planned.code == plain.code == 0, planned.err
+
+    def flops(text):
+        return next(line.split()[-1] for line in text.splitlines() if "FLOPs of a round" in line)
+
+    assert float(flops(planned.out)) == pytest.approx(float(flops(plain.out)), rel=0.01)
+    ran = commands.in_turn(
+        "train", *flags, "--rounds=6", "--eval_every=2", "--diagnose_every=2", "--workdir=run"
+    )
+    assert ran.code == 0, ran.err
+    table = ran.out[ran.out.index("effective rank") :].splitlines()[1:5]
+    assert [line.split()[3] == "–" for line in table] == [True, True, False, False]

@@ -366,7 +366,8 @@ def parsed(*lines, flagfile=None):
     "name",
     [
         *("demo", "compare_digits", "compare_fashion", "ho_fl_small"),
-        *("directions_digits", "directions_fashion", "client_groups", "centred"),
+        *("directions_digits", "directions_fashion", "client_groups"),
+        *("centred", "centred_fashion"),
     ],
 )
 def test_flag_files_can_be_read_and_say_what_they_do(name):

@@ -21,6 +21,7 @@ import optax
 from zofl_jax.conditions import aggregation
 from zofl_jax.core import (
     Algorithm,
+    Array,
     Batch,
     Batches,
     Broadcast,
@@ -33,6 +34,7 @@ from zofl_jax.core import (
 )
 from zofl_jax.directions import activations
 from zofl_jax.directions.activations import Means
+from zofl_jax.directions.batching import at_once
 from zofl_jax.directions.perturbations import Perturbation
 
 
@@ -55,6 +57,7 @@ def centred(
     perturbation: Perturbation,
     loss_fn: LossFn,
     batch: Batch,
+    clients_at_once: int | None = None,
 ) -> Both:
     """Returns the algorithm that measures means, and that of `make` with directions away from them.
 
@@ -64,6 +67,7 @@ def centred(
       perturbation: of the directions u.
       loss_fn: (params, batch) -> mean loss.
       batch: a client's, arrays or their shapes: it tells which matrices have inputs.
+      clients_at_once: how many clients of a vmap are measured at once, see `batching.at_once`.
 
     Raises:
       ValueError: for an algorithm with a message for late clients (`core.Sync`), which would not
@@ -116,14 +120,15 @@ def centred(
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
         return state._replace(opt_state=Centred(state.opt_state, none))
 
+    def measured(params: Params, batches: Batches) -> tuple[Array, Means]:
+        found = jax.lax.map(lambda batch: activations.means(loss_fn, params, batch), batches)
+        return jax.tree.map(lambda x: x.mean(0), found)
+
     def measure(
         shared_key: PRNGKey, state: ServerState, memory: Any, batches: Batches, own_key: PRNGKey
     ) -> ClientResult:
-        losses, found = jax.lax.map(
-            lambda batch: activations.means(loss_fn, state.params, batch), batches
-        )
-        upload = jax.tree.map(lambda x: x.mean(0), found)
-        return ClientResult(upload, memory, {"loss": losses.mean()})
+        loss, upload = at_once(measured, clients_at_once)(state.params, batches)
+        return ClientResult(upload, memory, {"loss": loss})
 
     def take(key: PRNGKey, state: ServerState, broadcast: Broadcast) -> ServerState:
         # Where nobody uploaded, all are 0, and the means stay.

@@ -103,7 +103,8 @@ def _scheduled(config: Config, task: Task, public: Calibration | None) -> list[P
                 share = config.history_share
                 return with_history(along, perturbation, config.history, share, size)
             if config.centre_rounds:
-                both = centred(along, perturbation, task.loss, _batch_shapes(config, task))
+                shapes, at_once = _batch_shapes(config, task), config.clients_at_once or None
+                both = centred(along, perturbation, task.loss, shapes, at_once)
                 return both.measuring if measuring else both.method
             return along(perturbation)
 

@@ -51,7 +51,7 @@ class Trace(NamedTuple):
 class Updates(NamedTuple):
     """What an algorithm's updates of one state are worth."""
 
-    snr: Array  # [], inf if all updates are the same multiple of the gradient
+    snr: Array  # [], inf if all updates are the same multiple of the gradient, NaN if they are 0
     stability: Array  # [], negative if updates go uphill on average
 
 
@@ -175,7 +175,7 @@ def updates(
     signal = jnp.maximum(signal, 0) / inner(gradient, gradient)
     noise = jnp.mean(squares) - signal
     return Updates(
-        jnp.where(noise > 1e-6 * signal, signal / noise, jnp.inf),
+        jnp.where(noise > 1e-6 * signal, signal / noise, jnp.where(signal > 0, jnp.inf, jnp.nan)),
         jnp.mean(curvatures) / (-2 * jnp.mean(slopes)),
     )
 

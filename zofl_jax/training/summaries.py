@@ -182,5 +182,6 @@ def _diagnoses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"{'round':>7} " + " ".join(f"{name:>15}" for name in columns.values())]
     for row in rows:
         shown = [math.nan if row[name] is None else row[name] for name in columns]
-        lines.append(f"{row['round']:>7} " + " ".join(f"{value:>15.4g}" for value in shown))
+        figures = ("–" if math.isnan(value) else f"{value:.4g}" for value in shown)
+        lines.append(f"{row['round']:>7} " + " ".join(f"{figure:>15}" for figure in figures))
     return lines
