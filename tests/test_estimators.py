@@ -65,8 +65,9 @@ def logistic_smoothness(batch) -> float:
     return float(np.linalg.eigvalsh(inputs.T @ inputs / 16 / 4).max())
 
 
-def measure(estimator, loss_fn, params, batch, key=KEY):
-    return jax.jit(lambda x, batch: estimator.measure(loss_fn, key, 0, x, batch))(params, batch)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def measure(estimator, loss_fn, params, batch):
+    return estimator.measure(loss_fn, KEY, 0, params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -222,10 +223,10 @@ def test_a_group_of_examples_has_directions_of_its_own(x64, name, perturbation):
     if name in DIFFERENCES and perturbation == "low_rank":
         options["perturbations_at_once"] = 3
     found = measure(ESTIMATORS[name](count, groups=groups, **options), loss, params, batch)
-    losses = []
+    of_one_group, losses = ESTIMATORS[name](count, **options), []
     for group in range(groups):
         own = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:])[group], batch)  # noqa: B023
-        alone = measure(ESTIMATORS[name](count, **options), loss, params, own)
+        alone = measure(of_one_group, loss, params, own)
         np.testing.assert_allclose(
             found.scalars[group::groups], alone.scalars[group::groups], rtol=1e-9
         )

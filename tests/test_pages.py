@@ -5,6 +5,7 @@ import re
 
 import pages
 import pytest
+from commands import Commands
 from pages import ROOT
 
 COMMANDS = pages.commands()
@@ -19,6 +20,11 @@ def own_words(command):
     words = [re.sub(r"=[A-Z]$", "=1", word) for word in words]
     words = [word for word in words if word != "--flagfile=FLAGS"]
     return ["benchmarks.round" if word == "benchmarks.NAME" else word for word in words]
+
+
+@pytest.fixture
+def commands(tmp_path, cache):
+    return Commands(tmp_path, cache, quick=True)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +102,8 @@ def test_a_short_command_runs_as_it_is_written(commands):
 
 
 def test_library_examples_run(commands):
+    # Their rounds would take longer than LLVM's optimisations do.
+    commands.environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
     done = commands.run("-c", "\n".join(blocks))
     assert done.code == 0, done.err

@@ -130,6 +130,7 @@ works = {"perceptron": (perceptron, "gaussian"), "decoder": (decoder, "low_rank"
 
 for name, shapes in json.loads(sys.argv[1]).items():
     work, variant = works[name]
+    loss = jax.jit(work.task.loss)
     for shape in [None, *shapes]:
         replayed = shape == [2, 4]
         exact = replayed and (name == "perceptron" or programs.AS_USERS_RUN_THEM)
@@ -150,7 +151,7 @@ for name, shapes in json.loads(sys.argv[1]).items():
             apart = max(float(np.abs(np.subtract(a, b)).max()) for a, b in pairs)
         whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
         held = sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(state.params))
-        test = float(work.task.loss(state.params, work.task.test))
+        test = float(loss(jax.tree.map(np.asarray, state.params), work.task.test))
         if shape is None:
             first = jax.tree.map(np.asarray, state)
         # Goes on from the state of one device, as a run does that is resumed on another mesh.

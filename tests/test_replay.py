@@ -1,5 +1,7 @@
 """From the broadcasts alone, or from any round on: a run again, bit for bit."""
 
+import functools
+
 import numpy as np
 import pytest
 from tiny_simulations import advance, assert_same_bits, copy, joined, make_simulator, start
@@ -11,9 +13,12 @@ ROUNDS = 12
 pytestmark = pytest.mark.optimized
 
 
-@pytest.fixture(scope="module")
+made = functools.cache(make_simulator)
+
+
+@pytest.fixture
 def simulator() -> simulation.Simulator:
-    return make_simulator("momentum and decay", "rademacher", 2)
+    return made("momentum and decay", "sphere", 3)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +34,7 @@ def simulator() -> simulation.Simulator:
 )
 def test_replay_has_the_bits_of_the_run(optimizer, perturbation, local_steps):
     """From the seeds and broadcasts alone: params, optimiser state and round number."""
-    simulator = make_simulator(optimizer, perturbation, local_steps)
+    simulator = made(optimizer, perturbation, local_steps)
     initial = start(simulator)
     ran, traces = advance(simulator, initial, [1, 4, ROUNDS - 5])
     trace = joined(traces)

@@ -182,7 +182,6 @@ class Simulator:
             setting.num_clients, setting.clients_per_round
         )
         self._attend = jax.jit(jax.vmap(functools.partial(attend, root)))
-        self._words = jax.jit(jax.vmap(functools.partial(_key_words, root.shared)))
 
     def start(self, params: Params | None = None) -> Progress:
         """Returns the progress at round 0, from these params, or those that `Task.init` draws."""
@@ -334,7 +333,7 @@ class Simulator:
         n is at most `rounds.CAPACITY`.
         """
         padded = _pad(np.asarray(rounds, np.int32), traced.CAPACITY)
-        return np.asarray(self._words(padded))[: len(rounds)]
+        return np.asarray(_key_words(self.root.shared, padded))[: len(rounds)]
 
     def compile_seconds(self) -> float:
         """Returns the seconds spent on compilation so far."""
@@ -516,9 +515,10 @@ def _clients_memory(algorithm: Algorithm, params: Params, num_clients: int) -> A
     )
 
 
-def _key_words(shared: PRNGKey, round_index: Array) -> Array:
-    """Returns the raw words of a round's shared key, uint32 [words]."""
-    return jax.random.key_data(keys.round_key(shared, round_index))
+@jax.jit
+def _key_words(shared: PRNGKey, rounds: Array) -> Array:
+    """Returns the raw words of the shared keys of rounds [n], uint32 [n, words]."""
+    return jax.vmap(lambda r: jax.random.key_data(keys.round_key(shared, r)))(rounds)
 
 
 def _pad(x: np.ndarray, size: int) -> np.ndarray:
