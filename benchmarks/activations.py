@@ -27,7 +27,7 @@ from zofl_jax import keys
 from zofl_jax.configuration import experiment
 from zofl_jax.configuration.resolve import resolve
 from zofl_jax.core import Array, Batch, LossFn, Params, PRNGKey, Task
-from zofl_jax.directions import activations, perturbations
+from zofl_jax.directions import activations, perturbations, sums
 from zofl_jax.directions.estimators import inner
 from zofl_jax.engine import placement
 from zofl_jax.observation.diagnostics import hessian_product
@@ -44,12 +44,12 @@ class Model(NamedTuple):
 
 
 FASHION = {"task": "idx", "data_dir": "/usr/share/datasets/fashion-mnist", "num_clients": 100}
-STEPS = (0, 20, 200)
+STEPS = (0, 50, 500)
 MODELS = {
-    "digits, softmax": Model({"model": "softmax"}, 0.2, STEPS, probes=400),
-    "digits, mlp": Model({"model": "mlp"}, 0.2, STEPS, probes=400),
-    "Fashion-MNIST, mlp": Model({**FASHION, "model": "mlp"}, 0.05, STEPS),
-    "Fashion-MNIST, mnist_cnn": Model({**FASHION, "model": "mnist_cnn"}, 0.02, STEPS, 256, 40),
+    "digits, softmax": Model({"model": "softmax"}, 0.05, STEPS, probes=400),
+    "digits, mlp": Model({"model": "mlp"}, 0.05, STEPS, probes=400),
+    "Fashion-MNIST, mlp": Model({**FASHION, "model": "mlp"}, 0.01, STEPS),
+    "Fashion-MNIST, mnist_cnn": Model({**FASHION, "model": "mnist_cnn"}, 0.003, STEPS, 256, 40),
     "film reviews, SmolLM2-135M": Model({"task": "reviews", "max_length": 40}, 0.0, (0,), 16, 16),
 }
 
@@ -138,7 +138,7 @@ def figures(
             return inner(z, hessian_product(loss_fn, params, batch, z))
 
         def probe(key: PRNGKey) -> tuple[Array, Array]:
-            u = matrices(perturbations.gaussian().sample(key, params))
+            u = matrices(sums.arrays(perturbations.gaussian().sample(key, params)))
             apart = away(u)
             return square(jax.tree.map(jnp.subtract, u, apart)), square(apart)
 
