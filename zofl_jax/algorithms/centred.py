@@ -95,7 +95,6 @@ def centred(
             "directions away from the mean activations need an algorithm whose late clients replay "
             "what they missed, and this one sends them a message that has no means: use decomfl"
         )
-
     if plain.accountant is not None:
         raise ValueError(
             "the means of clients' activations are sent as they are, which the algorithm's ε does "
