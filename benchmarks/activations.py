@@ -139,19 +139,13 @@ def figures(
 
         def probe(key: PRNGKey) -> tuple[Array, Array]:
             u = matrices(sums.arrays(perturbations.gaussian().sample(key, params)))
-            apart = away(u)
+            apart = activations.away(means, u)
             return square(jax.tree.map(jnp.subtract, u, apart)), square(apart)
 
         gradient = matrices(jax.grad(loss_fn)(params, batch))
-        part = away(gradient)
+        part = activations.away(means, gradient)
         curvatures = jax.lax.map(probe, jax.random.split(key, probes))
         return inner(gradient, gradient), inner(part, part), *curvatures
-
-    def away(tree: Params) -> Params:
-        fixed = perturbations.Perturbation(
-            lambda key, x: tree, lambda x, z, s: x, lambda k, x, s: x
-        )
-        return activations.orthogonal(fixed, means).sample(key, tree)
 
     square, square_away, inside, outside = (np.asarray(x) for x in measured(params, batch))
     total = inside + outside  # without what is between the two, whose mean is 0

@@ -137,8 +137,8 @@ FAULTS = (
     Fault(
         "the_first_pair_s_state",
         "zofl_jax/algorithms/warmup.py",
-        '*(Phase(r, _one_of(pair, "second", algorithm, rounds)) for r, algorithm in rest),',
-        '*(Phase(r, _one_of(pair, "first", algorithm, rounds)) for r, algorithm in rest),',
+        '{id(algorithm): _one_of(pair, "second", algorithm, rounds) for _, algorithm in rest}',
+        '{id(algorithm): _one_of(pair, "first", algorithm, rounds) for _, algorithm in rest}',
         "The method after a warm-up is given the warm-up's optimiser state.",
         ("warmup",),
     ),
@@ -177,7 +177,7 @@ FAULTS = (
     Fault(
         "sums_along_the_means",
         "zofl_jax/directions/activations.py",
-        "return each(projected, perturbation.accumulate(direction_keys, params, scalars))",
+        "return away(found, perturbation.accumulate(direction_keys, params, scalars))",
         "return perturbation.accumulate(direction_keys, params, scalars)",
         "What was measured away from the mean activations is stepped along them too.",
         ("centred",),

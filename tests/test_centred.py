@@ -265,6 +265,9 @@ def test_the_flags_choose_the_rounds():
     assert [phase.first_round for phase in phases] == [0, 1, 3, 5, 6, 9]
     assert phases[0].algorithm is phases[3].algorithm
     assert phases[1].algorithm is not phases[2].algorithm
+    warmed = build("--centre_rounds=2,6", "--warmup_rounds=2", *lines).simulator.phases
+    assert [phase.first_round for phase in warmed] == [0, 2, 3, 6, 7]
+    assert [warmed[i].algorithm is warmed[i + 2].algorithm for i in (1, 2)] == [True, True]
     sizes = build("--centre_rounds=2", "--compression=int8", "--rounds=9").simulator.sizes
     assert [s.upload for s in sizes] == [84, 64 + 4, 84]
 

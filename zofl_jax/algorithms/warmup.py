@@ -72,9 +72,11 @@ def warmed_up(
     begun = max(i for i, phase in enumerate(later) if phase.first_round <= rounds)
     rest = [Phase(max(phase.first_round, rounds), phase.algorithm) for phase in later[begun:]]
     pair = first, rest[0].algorithm
+    # Made once, so that phases of one algorithm share its programs.
+    own = {id(algorithm): _one_of(pair, "second", algorithm, rounds) for _, algorithm in rest}
     return (
         Phase(0, _one_of(pair, "first", first, 0)),
-        *(Phase(r, _one_of(pair, "second", algorithm, rounds)) for r, algorithm in rest),
+        *(Phase(r, own[id(algorithm)]) for r, algorithm in rest),
     )
 
 

@@ -15,8 +15,8 @@ from zofl_jax import keys, precision
 from zofl_jax.algorithms import METHODS
 from zofl_jax.configuration import choices, kinds, partitions, public, schedules, texts, wrapping
 from zofl_jax.configuration.config import Config, Data, Quadratic, Rounds, Texts, everything
-from zofl_jax.configuration.phases import build_phases
-from zofl_jax.core import Batch, ServerState, Task
+from zofl_jax.configuration.phases import batch_shapes, build_phases
+from zofl_jax.core import ServerState, Task
 from zofl_jax.data import partition, sources
 from zofl_jax.directions import batching, local_models
 from zofl_jax.engine import compilation, placement, simulation
@@ -389,19 +389,11 @@ def _clients_at_once(
     fitting = compilation.clients_that_fit(
         jax.value_and_grad(task.loss) if backward else task.loss,
         jax.eval_shape(lambda key: precision.wide(task.init(key)), root.init),
-        _batch_of(config, task),
+        batch_shapes(config, task),
         int(MEMORY_SHARE * available),
         where if where.split > 1 or not where.is_there else placement.ONE_DEVICE,
     )
     return 0 if fitting >= config.clients_per_round else fitting
-
-
-def _batch_of(config: Config, task: Task) -> Batch:
-    """Returns the shapes of one client's examples in a local step."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype),
-        task.train.examples,
-    )
 
 
 def _expected_memory(config: Config, simulator: simulation.Simulator) -> tuple[str, ...]:
@@ -413,7 +405,7 @@ def _expected_memory(config: Config, simulator: simulation.Simulator) -> tuple[s
     if not simulator.placement.is_there:
         return ()
     return estimates.check(
-        simulator, _batch_of(config, simulator.task), config.clients_at_once or 0
+        simulator, batch_shapes(config, simulator.task), config.clients_at_once or 0
     )
 
 

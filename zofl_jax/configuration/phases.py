@@ -3,7 +3,6 @@
 import bisect
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +102,7 @@ def _scheduled(config: Config, task: Task, public: Calibration | None) -> list[P
                 share = config.history_share
                 return with_history(along, perturbation, config.history, share, size)
             if config.centre_rounds:
-                shapes, at_once = _batch_shapes(config, task), config.clients_at_once or None
+                shapes, at_once = batch_shapes(config, task), config.clients_at_once or None
                 both = centred(along, perturbation, task.loss, shapes, at_once)
                 return both.measuring if measuring else both.method
             return along(perturbation)
@@ -134,11 +133,12 @@ def _measured(phases: list[Phase], rounds: list[int], measuring: Algorithm) -> l
     return [Phase(r, algorithm(r)) for r in firsts]
 
 
-def _batch_shapes(config: Config, task: Task) -> Batch:
-    def shape(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
-
-    return jax.tree.map(shape, task.train.examples)
+def batch_shapes(config: Config, task: Task) -> Batch:
+    """Returns the shapes of one client's examples in a local step."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype),
+        task.train.examples,
+    )
 
 
 def perturbation_of(config: Config) -> Perturbation:

@@ -60,6 +60,37 @@ def means(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Array, Means]:
     }
 
 
+def away(found: Means, tree: Params) -> Params:
+    """Returns Π x of each matrix with a mean, and the other leaves as they are.
+
+    Args:
+      found: what `means` found for params of these paths.
+      tree: like the params, of arrays or of directions that stand for them.
+
+    >>> away({"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([[3.0], [1.0]])})["w"].tolist()
+    [[1.0], [-1.0]]
+    """
+
+    def leaf(path: Any, x: Any) -> Any:
+        name = keys.path_name(path)
+        if name not in found:
+            return x
+        if isinstance(x, sums.Factors):
+            return x.replace(a=_projected(found, name, x.a))
+        return _projected(found, name, sums.as_array(x))
+
+    return jax.tree.map_with_path(leaf, tree, is_leaf=sums.is_value)
+
+
+def _projected(found: Means, name: str, x: Array) -> Array:
+    """Returns Π x for x [stack..., in..., columns], of the matrix of this name."""
+    mean = found[name].astype(x.dtype)[..., None]
+    inputs = tuple(range(int(is_stacked(name)), mean.ndim - 1))
+    square = jnp.sum(jnp.square(mean), inputs, keepdims=True)
+    along = jnp.sum(mean * x, inputs, keepdims=True) / jnp.where(square > 0, square, 1)
+    return x - mean * along
+
+
 def orthogonal(perturbation: Perturbation, found: Means) -> Perturbation:
     """Returns the directions Π u of each matrix with a mean, and u of the other params.
 
@@ -77,42 +108,27 @@ def orthogonal(perturbation: Perturbation, found: Means) -> Perturbation:
     [0.0, 0.0, 0.0]
     """
 
-    def away(path: Any, x: Array) -> Array:
-        """Returns Π x for x [stack..., in..., columns]."""
-        name = keys.path_name(path)
-        mean = found[name].astype(x.dtype)[..., None]
-        inputs = tuple(range(int(is_stacked(name)), mean.ndim - 1))
-        square = jnp.sum(jnp.square(mean), inputs, keepdims=True)
-        along = jnp.sum(mean * x, inputs, keepdims=True) / jnp.where(square > 0, square, 1)
-        return x - mean * along
-
-    def projected(path: Any, z: Any) -> Any:
-        if keys.path_name(path) not in found:
-            return z
-        if isinstance(z, sums.Factors):
-            return z.replace(a=away(path, z.a))
-        return away(path, sums.as_array(z))
-
-    def last_projected(path: Any, x: Any) -> Any:
-        if keys.path_name(path) not in found:
-            return x
-        *before, last = x.terms
-        return x.replace(terms=(*before, last.replace(a=away(path, last.a))))
-
-    def each(fn: Any, tree: Params) -> Params:
-        return jax.tree.map_with_path(fn, tree, is_leaf=sums.is_value)
-
     def sample(key: PRNGKey, params: Params) -> Params:
-        return each(projected, perturbation.sample(key, params))
+        return away(found, perturbation.sample(key, params))
 
     def accumulate(direction_keys: PRNGKey, params: Params, scalars: Array) -> Params:
-        return each(projected, perturbation.accumulate(direction_keys, params, scalars))
+        return away(found, perturbation.accumulate(direction_keys, params, scalars))
 
     combine = perturbation.combine
     if combine is None:
         return Perturbation(sample, perturbation.add, accumulate)
 
+    def last_away(path: Any, x: Any) -> Any:
+        """Returns a model with Π in its last term, which is of the directions."""
+        name = keys.path_name(path)
+        if name not in found:
+            return x
+        *before, last = x.terms
+        return x.replace(terms=(*before, last.replace(a=_projected(found, name, last.a))))
+
     def combined(params: Params, direction_keys: PRNGKey, scalars: Params) -> Params:
-        return each(last_projected, combine(params, direction_keys, scalars))
+        return jax.tree.map_with_path(
+            last_away, combine(params, direction_keys, scalars), is_leaf=sums.is_value
+        )
 
     return Perturbation(sample, perturbation.add, accumulate, combined)
