@@ -107,8 +107,14 @@ def processes() -> Iterator[Processes]:
 
 @pytest.fixture
 def commands(tmp_path: Path, cache: Path, processes: Processes) -> Commands:
-    """Runs commands in a folder of the test's own."""
+    """Runs commands in a folder of the test's own, compiled as users have them."""
     return Commands(tmp_path, cache, processes)
+
+
+@pytest.fixture
+def quickly(tmp_path: Path, cache: Path, processes: Processes) -> Commands:
+    """Runs commands whose bits are compared with nothing."""
+    return Commands(tmp_path, cache, processes, quick=True)
 
 
 @pytest.fixture(autouse=True)

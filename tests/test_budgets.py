@@ -1,5 +1,7 @@
 """A budget gives the rounds that it pays for, which is what the runs then spend."""
 
+import functools
+
 import numpy as np
 import optax
 import pytest
@@ -52,27 +54,32 @@ def models():
     return simulator_of(fedavg(softmax_task().loss, optax.sgd(0.05), local_steps=2))
 
 
-def spent(simulator, progress, backward_cost):
-    book = progress.ledger
-    found = passes.total(simulator.phases, book.attended)
-    together = found.forward + backward_cost * found.backward
+@functools.cache
+def ran(make):
+    """Returns a simulator, and passes and bytes of three runs of it, each a round longer."""
+    simulator, progress, found = make(), None, []
+    for rounds in (ROUNDS, ROUNDS + 1, ROUNDS + 2):
+        progress = simulation.run(simulator, rounds=rounds, progress=progress)
+        book = progress.ledger
+        found.append((passes.total(simulator.phases, book.attended), book.totals))
+    return simulator, found
+
+
+def spent(passed, totals, backward_cost):
+    together = passed.forward + backward_cost * passed.backward
     return {
         "passes": together,
         "example_passes": BATCH_SIZE * together,
-        "bytes": book.totals.up + book.totals.down,
-        "bytes_up": book.totals.up,
+        "bytes": totals.up + totals.down,
+        "bytes_up": totals.up,
     }
 
 
 @pytest.mark.parametrize("make", [phases, come_and_go, models])
 @pytest.mark.parametrize("backward_cost", [2, 0.5])
 def test_a_run_of_these_rounds_is_the_longest_that_the_budget_pays_for(make, backward_cost):
-    simulator = make()
-    progress = simulation.run(simulator, rounds=ROUNDS)
-    costs = [spent(simulator, progress, backward_cost)]
-    for rounds in (ROUNDS + 1, ROUNDS + 2):
-        progress = simulation.run(simulator, rounds=rounds, progress=progress)
-        costs.append(spent(simulator, progress, backward_cost))
+    simulator, found = ran(make)
+    costs = [spent(*run, backward_cost) for run in found]
     for kind in costs[0]:
         less, enough, more = (cost[kind] for cost in costs)
         assert less < enough < more

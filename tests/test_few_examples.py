@@ -37,13 +37,13 @@ def test_the_choice_follows_its_formula(perturbation):
     assert choice.examples == few_examples.nearest(32, wanted)
 
 
-def test_a_run_keeps_what_was_chosen(commands):
+def test_a_run_keeps_what_was_chosen(quickly):
     """In its flags, with as many directions as the groups need; the command goes on with them."""
     flags = [
         *("--model=softmax", "--perturbation=low_rank", "--num_perturbations=5", "--auto_examples"),
         *("--local_steps=1", "--eval_every=2", "--workdir=run", "--noprogress"),
     ]
-    first, again, given, useless = commands.train_each(
+    first, again, given, useless = quickly.train_each(
         [
             [*flags, "--rounds=2"],
             [*flags, "--rounds=4"],
@@ -53,11 +53,11 @@ def test_a_run_keeps_what_was_chosen(commands):
     )
     assert (first.code, again.code, given.code, useless.code) == (0, 0, 1, 1)
     assert "note: --auto_examples chose " in first.err
-    kept = json.loads((commands.folder / "run" / "flags.json").read_text())
+    kept = json.loads((quickly.folder / "run" / "flags.json").read_text())
     groups = 32 // kept["examples_per_direction"]
     assert kept["num_perturbations"] == math.ceil(5 / groups) * groups
     assert again.err == "resuming run after round 2\n"
-    assert summary_of(commands.folder / "run")["rounds"] == 4
+    assert summary_of(quickly.folder / "run")["rounds"] == 4
     assert "--auto_examples chooses --examples_per_direction, which is given" in given.err
     assert "--examples_per_direction has no effect with --algorithm=fedavg" in useless.err
-    assert not (commands.folder / "other").exists()
+    assert not (quickly.folder / "other").exists()

@@ -81,12 +81,6 @@ def whole(tmp_path_factory, cache):
 
 
 @pytest.fixture
-def quickly(tmp_path, cache, processes):
-    """Runs commands whose bits are compared with nothing."""
-    return Commands(tmp_path, cache, processes, quick=True)
-
-
-@pytest.fixture
 def copied(whole, commands):
     """A folder of the test's own with the same run in it."""
     shutil.copytree(whole[0], commands.folder, dirs_exist_ok=True)
