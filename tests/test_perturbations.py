@@ -43,6 +43,7 @@ def samples(name: str) -> np.ndarray:
     return flat(draw(keys.direction_keys(keys.root(0).shared, SAMPLES), PARAMS))
 
 
+@functools.cache
 def compiled_anew(name: str):
     """Returns a sampler for tests with LLVM's optimisations: without, normals differ by an ulp."""
     return jax.jit(functools.partial(PERTURBATIONS[name].sample))
@@ -83,13 +84,30 @@ def test_sphere_has_radius_root_d():
     assert lengths.std() > 0.5, "all leaves together are on the sphere, not the normals"
 
 
-@pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 100])
+SIZES = [1, 31, 32, 33, 64, 100]
+
+
+@functools.cache
+def signs_and_words():
+    """Returns a leaf of signs and the words of its key, by the leaf's size."""
+    params = {f"w{size}": np.zeros(size, np.float32) for size in SIZES}
+
+    @jax.jit
+    def words(key):
+        own = keys.leaf_keys(key, params)
+        return {
+            f"w{size}": jax.random.bits(own[f"w{size}"], (-(-size // 32),), jnp.uint32)
+            for size in SIZES
+        }
+
+    z, drawn = jax.tree.map(np.asarray, (SAMPLE["rademacher"](key(), params), words(key())))
+    return {size: (z[f"w{size}"], drawn[f"w{size}"]) for size in SIZES}
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_signs_use_each_bit_of_each_word_once(size):
     """z[i] is 1 − 2 times bit i mod 32 of word i div 32 of the leaf's own words."""
-    params = {"w": jnp.zeros(size)}
-    z = np.asarray(SAMPLE["rademacher"](key(), params)["w"])
-    leaf_key = keys.leaf_keys(key(), params)["w"]
-    words = np.asarray(jax.random.bits(leaf_key, (-(-size // 32),), jnp.uint32))
+    z, words = signs_and_words()[size]
     expected = [1 - 2 * ((int(words[i // 32]) >> (i % 32)) & 1) for i in range(size)]
     assert z.tolist() == expected
 
