@@ -113,7 +113,7 @@ def commands(tmp_path: Path, cache: Path, processes: Processes) -> Commands:
 
 @pytest.fixture
 def quickly(tmp_path: Path, cache: Path, processes: Processes) -> Commands:
-    """Runs commands whose bits are compared with nothing."""
+    """Runs commands in a folder of the test's own, compiled as quickly as tests are."""
     return Commands(tmp_path, cache, processes, quick=True)
 
 

@@ -50,11 +50,6 @@ FLAGS = """
 WHOLE = ("--flagfile=compare.flags", "--workdir=all")
 
 
-@pytest.fixture
-def commands(tmp_path, cache, processes):
-    return Commands(tmp_path, cache, processes, quick=True)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
     """A comparison that nothing interrupted: its folder and how it ended."""
@@ -65,8 +60,8 @@ def whole(tmp_path_factory, cache):
     return folder / "all", ended
 
 
-def compared(commands):
-    return commands.in_turn("compare", *WHOLE)
+def compared(quickly):
+    return quickly.in_turn("compare", *WHOLE)
 
 
 def table_of(workdir):
@@ -180,9 +175,9 @@ def test_the_table_for_people_and_the_figures(whole):
         assert (workdir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_stopped_comparison_goes_on(whole, commands, tmp_path):
+def test_a_stopped_comparison_goes_on(whole, quickly, tmp_path):
     (tmp_path / "compare.flags").write_text(FLAGS)
-    process = commands.start("-m", "experiments.compare", *WHOLE)
+    process = quickly.start("-m", "experiments.compare", *WHOLE)
     workdir = tmp_path / "all"
     while process.poll() is None and len(list(workdir.glob("*/*/summary.json"))) < 2:
         time.sleep(0.01)
@@ -191,7 +186,7 @@ def test_a_stopped_comparison_goes_on(whole, commands, tmp_path):
     done = {path: path.stat().st_mtime_ns for path in workdir.glob("*/*/summary.json")}
     assert 2 <= len(done) < 8 and not (workdir / "rounds.png").exists()
 
-    ended = compared(commands)
+    ended = compared(quickly)
     assert ended.code == 0, ended.err
     assert all(path.stat().st_mtime_ns == before for path, before in done.items())
     tables = [table_of(workdir), table_of(whole[0])]
@@ -200,7 +195,7 @@ def test_a_stopped_comparison_goes_on(whole, commands, tmp_path):
     assert tables[0] == tables[1]
 
 
-def test_results_of_other_data_do_not_come_into_one_table(whole, commands, tmp_path):
+def test_results_of_other_data_do_not_come_into_one_table(whole, quickly, tmp_path):
     """A run that is complete, as its data were before."""
     (tmp_path / "compare.flags").write_text(FLAGS)
     shutil.copytree(whole[0], tmp_path / "all")
@@ -208,22 +203,22 @@ def test_results_of_other_data_do_not_come_into_one_table(whole, commands, tmp_p
     assert len(noted) == len(summaries_of(tmp_path / "all"))
     inputs = json.loads(noted[-1].read_text())
     noted[-1].write_text(json.dumps(inputs | {"training column 'label'": "0" * 32}))
-    ended = compared(commands)
+    ended = compared(quickly)
     assert ended.code == 1 and ended.err.startswith("error: training column 'label' changed since")
     assert str(noted[-1].parent.relative_to(tmp_path)) in ended.err
 
 
-def test_rates_are_tried_for_a_share_of_the_rounds(commands):
+def test_rates_are_tried_for_a_share_of_the_rounds(quickly):
     """The chosen one goes on to all of them, and the same command again chooses it again."""
-    (commands.folder / "compare.flags").write_text(
+    (quickly.folder / "compare.flags").write_text(
         "--task=digits\n--local_steps=1\n--num_perturbations=4\n--estimator=projection\n"
         "--momentum=0\n--rounds=30\n--eval_every=5\n--method=decomfl\n--learning_rate=0.05\n"
         "--grid=0.02,1\n--seeds=2\n--trial_share=0.3\n--noprogress\n"
     )
-    ended = compared(commands)
+    ended = compared(quickly)
     assert ended.code == 0, ended.err
     assert "each tried for 30 % of the rounds" in ended.out
-    workdir = commands.folder / "all"
+    workdir = quickly.folder / "all"
     rounds = {key[1:]: summary["rounds"] for key, summary in summaries_of(workdir).items()}
     assert rounds == {(0.001, 0): 10, (0.05, 0): 30, (0.05, 1): 30}
     chosen = {(float(row["learning_rate"]), row["chosen"]) for row in table_of(workdir)}
@@ -244,7 +239,7 @@ def test_rates_are_tried_for_a_share_of_the_rounds(commands):
     line = next(line for line in ended.out.splitlines() if line.startswith("| decomfl"))
     assert line.strip("| ").split("|")[-1].strip() == "300"  # 100 of values, 100 of gradients
     before = (workdir / "table.csv").read_bytes()
-    again = compared(commands)
+    again = compared(quickly)
     assert again.code == 0, again.err
     assert (workdir / "table.csv").read_bytes() == before
 
@@ -263,17 +258,17 @@ BUDGET = """
 """
 
 
-def test_runs_within_a_budget_spend_it_and_go_on_with_a_larger_one(commands):
-    (commands.folder / "compare.flags").write_text(BUDGET)
+def test_runs_within_a_budget_spend_it_and_go_on_with_a_larger_one(quickly):
+    (quickly.folder / "compare.flags").write_text(BUDGET)
 
     def within(amount, workdir):
         flags = ("--flagfile=compare.flags", f"--budget=bytes:{amount}", f"--workdir={workdir}")
-        ended = commands.in_turn("compare", *flags)
+        ended = quickly.in_turn("compare", *flags)
         assert ended.code == 0, ended.err
         assert f"Within {human_bytes(amount)} up and down:" in ended.out
         assert f"Table and runs are in {workdir}" in ended.out
-        assert not list((commands.folder / workdir).glob("*.png"))
-        return table_of(commands.folder / workdir)
+        assert not list((quickly.folder / workdir).glob("*.png"))
+        return table_of(quickly.folder / workdir)
 
     table = within(80_000, "one")
     assert {row["seed"] for row in table} == {"0", "1"}
@@ -285,12 +280,12 @@ def test_runs_within_a_budget_spend_it_and_go_on_with_a_larger_one(commands):
         assert 80_000 - most < spent <= 80_000 and rounds > 1
         assert row["trial_bytes_up"] == ""  # of one learning rate none was chosen
         # A plain run of so many rounds.
-        folder = commands.folder / "one" / row["algorithm"]
+        folder = quickly.folder / "one" / row["algorithm"]
         (run,) = folder.glob(f"lr*-seed{row['seed']}")
         assert json.loads((run / "flags.json").read_text())["rounds"] == rounds
     within(160_000, "one")
     at_once = within(160_000, "two")
-    gone_on = table_of(commands.folder / "one")
+    gone_on = table_of(quickly.folder / "one")
     for row, other, before in zip(gone_on, at_once, table, strict=True):
         assert int(row["rounds"]) > int(before["rounds"])
         for name in ("rounds", "final_accuracy", "run_bytes_up", "run_bytes_down"):
@@ -302,14 +297,14 @@ def test_runs_within_a_budget_spend_it_and_go_on_with_a_larger_one(commands):
         assert row["run_bytes_up"] == before["run_bytes_up"]
 
 
-def test_passes_of_batches_of_different_sizes_are_counted_by_example(commands):
-    (commands.folder / "compare.flags").write_text(BUDGET)
+def test_passes_of_batches_of_different_sizes_are_counted_by_example(quickly):
+    (quickly.folder / "compare.flags").write_text(BUDGET)
     flags = ("--flagfile=compare.flags", "--backward_cost=1.5", "--workdir=all")
-    ended = commands.in_turn("compare", *flags, "--budget=example_passes:8000", "--figures")
+    ended = quickly.in_turn("compare", *flags, "--budget=example_passes:8000", "--figures")
     assert ended.code == 0, ended.err
     assert "Table, figures and runs are in all" in ended.out
-    assert (commands.folder / "all" / "pareto.png").exists()
-    rows = {row["algorithm"]: row for row in table_of(commands.folder / "all")}
+    assert (quickly.folder / "all" / "pareto.png").exists()
+    rows = {row["algorithm"]: row for row in table_of(quickly.folder / "all")}
     # 5 clients: eight values of 32 examples a round; one value and gradient of 8.
     assert int(rows["decomfl"]["rounds"]) == 8000 // (5 * 8 * 32)
     assert int(rows["fedavg"]["rounds"]) == 8000 // (5 * 2.5 * 8)
@@ -317,7 +312,7 @@ def test_passes_of_batches_of_different_sizes_are_counted_by_example(commands):
     assert (
         "| example-passes |" in ended.out and "a backward pass counts as 1.5 forward" in ended.out
     )
-    wrong = commands.in_turn("compare", *flags, "--budget=passes:8000")
+    wrong = quickly.in_turn("compare", *flags, "--budget=passes:8000")
     assert wrong.code == 1
     assert "have batches of 8, 32 examples" in wrong.err and "give example_passes:" in wrong.err
 

@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from commands import Commands, summary_of
+from commands import summary_of
 from flag_lines import build, resolve
 
 from experiments import tuning
@@ -19,12 +19,6 @@ QUADRATIC = [
     *("--task=quadratic", "--quadratic_dim=50", "--effective_rank=5", "--momentum=0"),
     *("--local_steps=1", "--num_perturbations=8", "--estimator=projection", "--eval_every=10"),
 ]
-
-
-@pytest.fixture
-def commands(tmp_path, cache, processes):
-    """Runs commands whose bits are compared with nothing."""
-    return Commands(tmp_path, cache, processes, quick=True)
 
 
 def built(*arguments):
@@ -161,11 +155,11 @@ def test_a_trial_is_as_long_as_the_run_at_its_rate():
     assert tuning.probe_rounds(config.replace(rounds=3)) == 3
 
 
-def test_a_run_keeps_the_rate_it_found_and_its_diagnoses(commands):
+def test_a_run_keeps_the_rate_it_found_and_its_diagnoses(quickly):
     flags = [*QUADRATIC, "--workdir=run", "--noprogress", "--auto_lr", "--learning_rate=0.1"]
     flags.append("--schedule=40:lr=1e-3")
     first, more, other, wrong = (
-        commands.in_turn("train", *flags, *own)
+        quickly.in_turn("train", *flags, *own)
         for own in (
             ["--rounds=20", "--diagnose_every=20"],
             ["--rounds=40", "--diagnose_every=20"],
@@ -176,16 +170,16 @@ def test_a_run_keeps_the_rate_it_found_and_its_diagnoses(commands):
     assert (first.code, more.code, other.code, wrong.code) == (0, 0, 1, 1)
     # In turn, commands are run with --nofigures.
     assert first.out.endswith("\nLog and summary are in run\n")
-    assert not list((commands.folder / "run").glob("*.png"))
+    assert not list((quickly.folder / "run").glob("*.png"))
     assert "note: --auto_lr tries learning rates for 7 rounds each, from 0.1 on\n" in first.err
     (chosen,) = re.findall(r"note: --auto_lr chose (\S+): tried at 3 times each rate", first.err)
-    kept = json.loads((commands.folder / "run" / "flags.json").read_text())["learning_rate"]
+    kept = json.loads((quickly.folder / "run" / "flags.json").read_text())["learning_rate"]
     assert float(chosen) == pytest.approx(kept, rel=1e-2) and kept != 0.1
     assert more.err == "resuming run after round 20\n"
     assert "--learning_rate is 0.1 but the run in run was started with" in other.err
     assert "--diagnose_every=15 must be a multiple of --eval_every=10" in wrong.err
 
-    rows = summary_of(commands.folder / "run")["diagnoses"]
+    rows = summary_of(quickly.folder / "run")["diagnoses"]
     assert [row["round"] for row in rows] == [0, 20, 40]
     assert all(set(row) == {"round", *Diagnosis._fields} for row in rows)
     # The curvature of a quadratic is the same everywhere; the gradient vanishes.
@@ -197,10 +191,10 @@ def test_a_run_keeps_the_rate_it_found_and_its_diagnoses(commands):
     assert "effective rank" in more.out
 
 
-def test_a_run_that_stalls_far_above_its_start_has_diverged(commands):
+def test_a_run_that_stalls_far_above_its_start_has_diverged(quickly):
     flags = ["--local_steps=1", "--num_perturbations=2", "--rounds=30", "--eval_every=30"]
     flags = [*flags, "--learning_rate=1e5", "--workdir=run", "--noprogress"]
-    ended, again = (commands.in_turn("train", *flags) for _ in range(2))
+    ended, again = (quickly.in_turn("train", *flags) for _ in range(2))
     assert (ended.code, again.code) == (1, 1)
     warning, error = ended.err.splitlines()
     remedy = r"type --learning_rate=1e\+04 \(a tenth\), or --auto_lr, with another --workdir"
@@ -212,5 +206,5 @@ def test_a_run_that_stalls_far_above_its_start_has_diverged(commands):
         error,
     )
     assert again.err == error + "\n"
-    summary = summary_of(commands.folder / "run")
+    summary = summary_of(quickly.folder / "run")
     assert (summary["rounds"], summary["diverged_round"]) == (30, 1)
