@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto
 
-.PHONY: demo smollm2 reviews product_reviews editorials test quick check docs clean
+.PHONY: demo smollm2 reviews product_reviews editorials test thorough quick check docs clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m experiments.compare --flagfile=experiments/flagfiles/demo.flags
@@ -23,8 +23,13 @@ product_reviews: $(VENV)/.installed
 editorials: $(VENV)/.installed
 	$(RUN) -m experiments.fetch $@
 
-# The tests, and nothing but tests: what a user runs.
+# The tests, and nothing but tests: what a user runs. All of the library, and of what is true for many
+# cases some; the others are marked.
 test: $(VENV)/.test-installed
+	$(PYTEST) -m 'not thorough'
+
+# Every test.
+thorough: $(VENV)/.test-installed
 	$(PYTEST)
 
 # Some tests of every module, the inner loop of a change.

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import extent
 import grouping
 import jax
 import programs
@@ -56,12 +57,16 @@ def pytest_configure(config: pytest.Config) -> None:
         "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache entry"
     )
     config.addinivalue_line(
+        "markers", "thorough: a further case of what other tests see: left out by `make test`"
+    )
+    config.addinivalue_line(
         "markers", "optimized: the test is of programs with all of LLVM's optimisations"
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    extent.mark(items)
     grouping.long_first(items)
 
 

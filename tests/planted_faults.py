@@ -7,8 +7,8 @@
 Coverage says which lines a test suite runs, and not whether it would notice that one of them is
 wrong. So before and after a change to the tests the faults below are planted: each is one that a
 reviewer could overlook, in a place where the results stay plausible. A fault names the test files
-in which it should be found, the cheapest first, and they run up to the first failure. In the end
-the tests that found the faults run on the unchanged tree, where they must pass.
+in which it should be found, the cheapest first, and they run as in `make test`, up to the first
+failure. In the end the tests that found the faults run on the unchanged tree, where they must pass.
 
 The exit status is 1 if a fault is not found, can no longer be planted, or keeps the tests from
 running at all, or if the unchanged tree fails.
@@ -686,7 +686,8 @@ def run_tests(folder: Path, tests: Iterable[str], cache: Path) -> tuple[int | No
 
     Returns pytest's exit status (None without an answer), its output, and seconds of CPU.
     """
-    options = ["-x", "-q", "-n", "0", "-rfE", "--tb=short", "-o", f"cache_dir={cache}"]
+    short_run = ["-m", "not thorough"]  # `make test`
+    options = ["-x", "-q", "-n0", *short_run, "-rfE", "--tb=short", "-o", f"cache_dir={cache}"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
         done = subprocess.run(

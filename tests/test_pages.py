@@ -111,15 +111,6 @@ def test_library_examples_run(commands):
     assert len(accuracies) == len(blocks) == 2 and min(accuracies) > 0.95
 
 
-def test_quick_tests_exist():
-    names = (ROOT / "tests" / "quick.txt").read_text().split("\n")
-    names = [name for name in names if name and not name.startswith("#")]
-    for name in names:
-        path, _, test = name.partition("::")
-        text = (ROOT / path).read_text()
-        assert not test or re.search(rf"^def {re.escape(test.split('[')[0])}\(", text, re.M), name
-
-
 def test_lowest_versions_are_those_declared():
     setup = pages.setup_options()
     extras = setup["options.extras_require"]
