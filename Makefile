@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP ?= $(RUN) -m pip
 PYTEST := $(RUN) -m pytest -n auto
 
 .PHONY: demo smollm2 reviews product_reviews editorials test thorough quick check docs clean
@@ -49,23 +50,23 @@ docs: $(VENV)/.docs-installed
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "zofl_jax needs Python 3.11 or newer, %s is %d.%d: try make PYTHON=python3.12 ..." % (sys.executable, *v[:2]))'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
+	$(PIP) install --quiet --upgrade pip
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.python setup.cfg pyproject.toml
-	$(RUN) -m pip install --quiet --editable '.[language,privacy]'
+	$(PIP) install --quiet --editable '.[language,privacy]'
 	@touch $@
 
 $(VENV)/.test-installed: $(VENV)/.python setup.cfg pyproject.toml
-	$(RUN) -m pip install --quiet --editable '.[test]'
+	$(PIP) install --quiet --editable '.[test]'
 	@touch $@
 
 $(VENV)/.check-installed: $(VENV)/.python setup.cfg pyproject.toml
-	$(RUN) -m pip install --quiet --editable '.[check,language,privacy]'
+	$(PIP) install --quiet --editable '.[check,language,privacy]'
 	@touch $@
 
 $(VENV)/.docs-installed: $(VENV)/.python setup.cfg pyproject.toml
-	$(RUN) -m pip install --quiet --editable '.[docs]'
+	$(PIP) install --quiet --editable '.[docs]'
 	@touch $@
 
 clean:
