@@ -8,7 +8,10 @@ file then alternate between the processes, and each compiles everything.
 from typing import Any
 
 BY_PARAMETER = ("test_contract.py",)
-LONG = ("test_distributed", "test_low_rank", "test_language", "test_train", "test_contract")
+LONG = (
+    *("test_placement", "test_distributed", "test_low_rank", "test_language", "test_train"),
+    "test_contract",
+)
 """Files that take long: they come first, so that no process works on one when all others are done.
 What begins with one of these names counts."""
 
