@@ -25,7 +25,7 @@ editorials: $(VENV)/.installed
 	$(RUN) -m experiments.fetch $@
 
 # The tests, and nothing but tests: what a user runs. All of the library, and of what is true for many
-# cases some; the others are marked.
+# cases some; tests/thorough.txt lists the others.
 test: $(VENV)/.test-installed
 	$(PYTEST) -m 'not thorough'
 
