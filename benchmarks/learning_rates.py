@@ -5,8 +5,7 @@
 
 A cell is a data set, a model, K local steps and P directions. In each, for each seed, --auto_lr
 chooses a rate, and the run is done at that rate, at thirds and threefolds of it, until one of
-them diverges or does worse, and at the default. A row is a run; those with "before" are by an
-earlier rule of --auto_lr, and a star in the table. The file is written after each
+them diverges or does worse, and at the default. A row is a run. The file is written after each
 cell and seed, and those it holds are skipped: stop and resume as you like. `--cells=TEXT` takes
 those whose name contains the text, `--seeds=N` the first seeds.
 
@@ -242,9 +241,8 @@ def _line(name: str, rows: list[dict[str, Any]]) -> str:
     default = [next(r for r in rows if r["seed"] == seed and r.get("default")) for seed in seeds]
     best = [max(r["accuracy"] for r in rows if r["seed"] == seed) for seed in seeds]
     behind = [b - row["accuracy"] for b, row in zip(best, auto, strict=True)]
-    star = "\\*" if any(row.get("before") for row in rows) else ""
     return (
-        f"| {name}{star} | {len(seeds)} | {_few(auto)} | {_mean([r['accuracy'] for r in auto])} "
+        f"| {name} | {len(seeds)} | {_few(auto)} | {_mean([r['accuracy'] for r in auto])} "
         f"| {_mean(best)} | {', '.join(f'{b:.3f}' for b in behind)} "
         f"| {sum('diverged_round' in row for row in auto)} "
         f"| {_mean([row['probe_rounds'] / row['rounds'] for row in auto])} | {_few(default)} "
