@@ -184,7 +184,7 @@ def known_owners(
     enough = sizes[found] >= least
     if not enough.any():
         raise ValueError(
-            f"no owner has --least_examples={least}, the largest has {sizes.max()}: ask for fewer"
+            f"no owner has --least_examples={least}, the largest has {np.max(sizes)}: ask for fewer"
         )
     return kept[enough], np.unique(found[enough], return_inverse=True)[1]
 

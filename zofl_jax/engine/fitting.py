@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from zofl_jax.core import Algorithm, Exposure, Phase, Weighting
 from zofl_jax.engine import ledger
 
@@ -64,7 +66,7 @@ def epsilon(phases: Sequence[Phase], setting: Setting) -> Callable[[ledger.Ledge
             costs.append((first_round, algorithm))
 
     def spent(book: ledger.Ledger) -> float:
-        seen = book.contributors, int(book.times.max())
+        seen = book.contributors, int(np.max(book.times))
         begun = [algorithm for first, algorithm in costs if first < max(book.num_rounds, 1)]
         return max(_epsilon(algorithm, setting, *seen) for algorithm in begun)
 
